@@ -1,0 +1,60 @@
+"""Time several callables side by side on a noisy machine: interleaved in one run, medians, ratios.
+
+Every candidate runs once per round, in an order that rotates from round to round, so a drift of the machine's
+speed touches all of them alike. Absolute times are printed for orientation; the ratios are the result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of each candidate over ``repeats`` interleaved rounds, after ``warmup`` uncounted ones."""
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_index in range(-warmup, repeats):
+        shift = round_index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            candidates[name]()
+            elapsed = time.perf_counter() - start
+            if round_index >= 0:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on: processor, cores, load, versions and the date."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {
+        "date": date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_json(path: str | Path, rows: list[dict[str, object]]) -> None:
+    """Write ``{"machine": ..., "rows": rows}`` to ``path``, creating its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
