@@ -1,0 +1,82 @@
+"""`monge compare`: train models that differ in their router alone, live, and write the report."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from monge.cli.progress import make_progress
+from monge.cli.terminal import make_console, print_paths, print_results, say
+from monge.lab.presets import PRESETS, CompareConfig
+
+_NEEDED = ("transformers", "tokenizers", "matplotlib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train small language models on real text that differ in their router alone, and compare them.
+
+    Repeating the command after an interruption goes on where it stopped.
+    """
+
+    settings: CompareConfig
+    """What is trained, on which text, for how long."""
+    out: Path = Path("runs/compare")
+    """Folder for records, figures and report.html; created if missing."""
+    debug: bool = False  # `main` has read it already; declared for the help
+    """Show the traceback of an error."""
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, train, report."""
+    preset = _preset(arguments)
+    parsed = tyro.cli(
+        Arguments,
+        args=arguments,
+        default=Arguments(settings=PRESETS[preset]),
+        prog="monge compare",
+        description=f"{inspect.getdoc(Arguments)}\n\nPresets: {', '.join(PRESETS)}.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    compare_and_report(parsed.settings, parsed.out)
+
+
+def compare_and_report(settings: CompareConfig, out: Path) -> None:
+    """Run the comparison with live progress, print its table and write its report."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:  # before the training, not after it
+        raise ImportError(
+            f"this needs {' and '.join(missing)}, not installed here: pip install 'monge[lab]'."
+        )
+    from monge.lab import compare
+    from monge.viz import figure_paths, headline, read_comparison, write_report
+
+    console = make_console()
+    runs = len(settings.routers) * settings.seeds
+    say(
+        console, f"{runs} runs of {settings.steps} steps ({', '.join(settings.routers)}); records go to {out}"
+    )
+    with make_progress(console) as progress:
+        rows = compare(settings, out, observer=progress)
+    print_results(console, rows, headline(read_comparison(out)))
+    print_paths(console, write_report(out), figure_paths(out))
+
+
+def _preset(arguments: list[str]) -> str:
+    """The preset named by ``--preset``, found before parsing: it is the default of all other options."""
+    preset = "quick"
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        if word == "--preset":
+            preset = following
+        elif word.startswith("--preset="):
+            preset = word.removeprefix("--preset=")
+    if preset not in PRESETS:
+        close = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no preset {preset!r} for --preset.{hint} Presets: {', '.join(PRESETS)}.")
+    return preset

@@ -1,0 +1,132 @@
+"""The report of a comparison: its figures as files and one HTML page that stands on its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from monge.viz import page, sections
+from monge.viz.curves import draw_losses, draw_violation
+from monge.viz.dots import draw_final
+from monge.viz.findings import findings, headline
+from monge.viz.heatmap import draw_loads
+from monge.viz.records import DENSE, Comparison, read_comparison
+from monge.viz.style import standalone, to_png, to_svg
+
+REPORT = "report.html"
+_FIGURES = {"final": draw_final, "losses": draw_losses, "violation": draw_violation, "loads": draw_loads}
+_NUMBERS = (
+    "No",
+    "One",
+    "Two",
+    "Three",
+    "Four",
+    "Five",
+    "Six",
+    "Seven",
+    "Eight",
+    "Nine",
+    "Ten",
+    "Eleven",
+    "Twelve",
+)
+
+
+def write_report(out: Path) -> Path:
+    """Read the records of a comparison; write its figures (PNG and SVG) and ``report.html`` beside them.
+
+    The page needs nothing but itself: no script, no font, no network. It follows the reader's light or dark
+    theme. An unfinished comparison gives a report that says so. The same records give the same bytes.
+
+    Args:
+        out: the folder with ``config.json`` and ``records.jsonl`` (and ``summary.json``, once finished).
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: there is no ``config.json`` in ``out``.
+        ValueError: ``config.json`` is not a JSON object.
+        ImportError: matplotlib is missing (``pip install 'monge[plot]'``).
+        OSError: the folder cannot be written; no file is left half-written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from monge.viz import write_report
+        >>> write_report(Path("no-such-folder"))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: no-such-folder holds no config.json, so it is not the output of a comparison: ...
+    """
+    comparison = read_comparison(out)
+    drawings = _draw(comparison, out)
+    path = out / REPORT
+    _write(path, _compose(comparison, drawings, out).encode())
+    return path
+
+
+def figure_paths(out: Path) -> list[Path]:
+    """The figures that `write_report` left in the folder, sorted by name."""
+    names = [f"{name}.{kind}" for name in sorted(_FIGURES) for kind in ("png", "svg")]
+    return [out / name for name in names if (out / name).is_file()]
+
+
+def _draw(comparison: Comparison, out: Path) -> list[str]:
+    """Write every figure that has data; return them as HTML."""
+    drawings = []
+    for name, draw in _FIGURES.items():
+        wide, narrow = draw(comparison, wide=True), draw(comparison, wide=False)
+        if wide is None or narrow is None:
+            continue
+        svg = to_svg(wide.figure, name)
+        _write(out / f"{name}.png", to_png(wide.figure))
+        _write(out / f"{name}.svg", standalone(svg).encode())
+        drawings.append(page.figure(svg, to_svg(narrow.figure, f"{name}-narrow"), wide.caption))
+    return drawings
+
+
+def _compose(comparison: Comparison, drawings: list[str], out: Path) -> str:
+    title, preset = _title(comparison), str(comparison.config.get("preset", ""))
+    body = [
+        page.header(f"Monge · compare · {preset}", title, headline(comparison)),
+        _unfinished(comparison),
+        page.listing(findings(comparison)),
+        sections.facts(comparison),
+        page.section("Results", sections.results(comparison)),
+        page.section("Figures", *drawings),
+        page.section("Method and data", *sections.method(comparison)),
+        page.section("Cost", sections.cost(comparison)),
+        page.section("To repeat it", *sections.repetition(comparison, out)),
+        page.footer("Made by Monge from config.json, records.jsonl and summary.json in this page's folder."),
+    ]
+    return page.page(f"{title} (Monge, {preset})", body)
+
+
+def _title(comparison: Comparison) -> str:
+    sparse = sum(name != DENSE for name in comparison.routers)
+    number = _NUMBERS[sparse] if sparse < len(_NUMBERS) else str(sparse)
+    dense = " and a dense baseline" if DENSE in comparison.routers else ""
+    return f"{number} router{'' if sparse == 1 else 's'}{dense}"
+
+
+def _unfinished(comparison: Comparison) -> str:
+    if comparison.complete:
+        return ""
+    done = f"{comparison.finished_runs} of {comparison.planned_runs} runs have finished"
+    return page.paragraph(f"Unfinished: {done}. The same command goes on from here.", "notice")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all: to a file beside it, which then takes its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            f"cannot write {path}: {reason}. Free some space or make the folder writable."
+        ) from error
