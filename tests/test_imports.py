@@ -39,7 +39,9 @@ def imported_rooms(source: str, package: list[str]) -> set[str]:
             module = base + (node.module.split(".") if node.module else [])
             # `from monge import ot` names the room only in the imported name.
             modules = [[*module, alias.name] for alias in node.names]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("monge."):
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("monge.")
+        ):
             modules = [node.value.split(".")]  # importlib.import_module("monge.lab") and tables of lazy names
         else:
             continue

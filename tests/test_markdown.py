@@ -34,11 +34,13 @@ def test_shell_blocks_name_real_targets_and_commands(page):
         for line in code.splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["make"]:
-                assert set(w for w in words[1:] if "=" not in w) <= targets, line
+                assert {w for w in words[1:] if "=" not in w} <= targets, line
             if words[:1] == ["monge"]:
                 assert words[1] in COMMANDS, line
             for word in words:
-                if word.startswith(("docs/", "benchmarks/", "tests/", "examples/")) and word.endswith((".py", ".md")):
+                if word.startswith(("docs/", "benchmarks/", "tests/", "examples/")) and word.endswith(
+                    (".py", ".md")
+                ):
                     assert (ROOT / word).exists(), line
 
 

@@ -16,7 +16,9 @@ import monge
 
 
 def submodules() -> list[str]:
-    return [m.name for m in pkgutil.walk_packages(monge.__path__, "monge.") if not m.name.endswith("__main__")]
+    return [
+        m.name for m in pkgutil.walk_packages(monge.__path__, "monge.") if not m.name.endswith("__main__")
+    ]
 
 
 def test_importing_every_submodule_hides_no_public_name():
@@ -28,17 +30,21 @@ def test_importing_every_submodule_hides_no_public_name():
         for name in public:
             value = getattr(module, name)
             is_subpackage = package == "monge" and name in {"ot", "routing", "moe", "lab", "hf"}
-            assert is_subpackage == isinstance(value, types.ModuleType), f"{package}.{name} is a {type(value)}"
+            assert is_subpackage == isinstance(value, types.ModuleType), (
+                f"{package}.{name} is a {type(value)}"
+            )
 
 
-# One call per public name, after every submodule was imported: a module in a function's place is not callable.
+# One call per public name, after every submodule was imported: a module in its place is not callable.
 def _model():
     return monge.MoE(8, 16, 4, 2, router="prices")
 
 
 CALLS = {
     "MoE": _model,
-    "Routing": lambda: monge.Routing(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), 1, torch.zeros(1, 1)),
+    "Routing": lambda: monge.Routing(
+        torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), 1, torch.zeros(1, 1)
+    ),
     "make_router": lambda: monge.make_router("topk", dim=8, num_experts=4, top_k=2),
     "step": lambda: monge.step(_model()),
     "aux_loss": lambda: monge.aux_loss(_model()),
@@ -82,7 +88,9 @@ def test_the_binding_signatures_stand():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("optional", ["transformers", "matplotlib", "tokenizers", "tensorboard", "ortools", "scipy"])
+@pytest.mark.parametrize(
+    "optional", ["transformers", "matplotlib", "tokenizers", "tensorboard", "ortools", "scipy"]
+)
 def test_the_core_does_without_optional_packages(optional):
     """`import monge` and a training step need the core dependencies only."""
     code = (
