@@ -1,0 +1,107 @@
+"""The compute paths of monge.MoE side by side, and beside transformers: `python -m benchmarks.moe_paths`.
+
+Forward alone (inference) and forward + backward of the experts, given the same routing: uniform random
+experts with renormalised gates. The fixed table of `monge.moe.compute.choose_path` was read from these
+figures.
+
+Shapes: T tokens, K experts per token, E experts, H model width, I expert width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.timing import interleave, write_json
+from monge.moe import Experts
+from monge.moe.compute import PATHS, choose_path
+
+TOKENS = (1, 8, 32, 512, 2048)
+SIZES = {  # name -> H, I, E, K
+    "512x1024, 2 of 16": (512, 1024, 16, 2),
+    "1024x256, 8 of 64": (1024, 256, 64, 8),
+    "2048x128, 16 of 64": (2048, 128, 64, 16),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def candidates(
+    T: int, H: int, I: int, E: int, K: int, dtype: torch.dtype, *, backward: bool, transformers: bool
+) -> dict[str, Callable[[], object]]:
+    """Every path, and transformers' two, as callables without arguments."""
+    torch.manual_seed(0)
+    experts = Experts(H, I, E, dtype=dtype)
+    x_TH = torch.randn(T, H).to(dtype).requires_grad_(backward)
+    gates_TK, indices_TK = torch.randn(T, E).softmax(dim=1).topk(K, dim=1)
+    weights_TK = (gates_TK / gates_TK.sum(dim=1, keepdim=True)).requires_grad_(backward)
+    grad_TH = torch.randn(T, H).to(dtype)
+    modules: dict[str, torch.nn.Module] = {}
+    for name in PATHS:
+        modules[name] = copy.copy(experts)
+        modules[name].compute = name  # type: ignore[assignment]
+    if transformers:
+        modules |= {
+            f"transformers {name}": _transformers_experts(experts, name) for name in ("eager", "grouped_mm")
+        }
+
+    def run(module: torch.nn.Module) -> object:
+        with torch.set_grad_enabled(backward):
+            weights = weights_TK if isinstance(module, Experts) else weights_TK.to(dtype)
+            out_TH = module(x_TH, indices_TK, weights)
+            return (
+                torch.autograd.grad(out_TH, [x_TH, weights_TK, *module.parameters()], grad_TH)
+                if backward
+                else None
+            )
+
+    return {name: lambda module=module: run(module) for name, module in modules.items()}  # type: ignore[misc]
+
+
+def _transformers_experts(experts: Experts, implementation: str) -> torch.nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(
+        hidden_size=experts.dim, intermediate_size=experts.hidden, num_local_experts=experts.num_experts
+    )
+    config._experts_implementation = implementation
+    theirs = MixtralExperts(config).to(experts.down_proj.dtype)
+    theirs.config = config
+    theirs.load_state_dict(experts.state_dict())
+    return theirs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="", help="also write the figures to this JSON file")
+    parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds per case")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--no-transformers", action="store_true")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for dtype in args.dtypes:
+        for size, (H, I, E, K) in SIZES.items():
+            for T in args.tokens:
+                for backward in (False, True):
+                    runs = candidates(
+                        T, H, I, E, K, DTYPES[dtype], backward=backward, transformers=not args.no_transformers
+                    )
+                    repeats = args.repeats * (1 if T > 100 else 5)
+                    ms = {name: 1000 * s for name, s in interleave(runs, repeats=repeats).items()}
+                    auto = choose_path(T * K, H, DTYPES[dtype], torch.device("cpu"))
+                    mode = "forward+backward" if backward else "forward"
+                    rows.append({"size": size, "T": T, "dtype": dtype, "mode": mode, "auto": auto, "ms": ms})
+                    relative = "  ".join(f"{name} {t / ms[auto]:.2f}" for name, t in ms.items())
+                    print(
+                        f"{dtype:8} {size:19} T={T:<5} {mode:16} {ms[auto]:9.3f} ms | {relative}", flush=True
+                    )
+    if args.out:
+        write_json(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

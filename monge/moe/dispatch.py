@@ -1,0 +1,108 @@
+"""From tokens to experts and back: sort slots by expert, sum those of a token, drop what exceeds a capacity.
+
+All of it is deterministic: the sort is stable (equal experts stay in token order), and the way back is a
+gather and a sum in slot order instead of an atomic scatter.
+
+Shapes: T tokens, K slots per token, E experts, H width, N filled slots, R rows (N, or T K if N is unread).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monge.routing.types import Routing, expert_loads
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The filled slots, grouped by expert.
+
+    Attributes:
+        counts_E: (E,) int64, slots of each expert.
+        tokens_R: (R,) int64, the token of each sorted slot; expert 0's slots first, empty slots last.
+        order_R: (R,) int64, the same slots as positions in the flattened (T, K).
+        rows_TK: (T, K) int64, where slot (t, k) is in the sorted order; R for an empty slot.
+    """
+
+    counts_E: Tensor
+    tokens_R: Tensor
+    order_R: Tensor
+    rows_TK: Tensor
+
+
+def sort_slots(indices_TK: Tensor, num_experts: int, *, padded: bool = False) -> Slots:
+    """Group the slots by expert. Reads N from the device unless ``padded``, where R = T K."""
+    T, K = indices_TK.shape
+    counts_E = expert_loads(indices_TK, num_experts)
+    flat = indices_TK.flatten()
+    empty = flat < 0
+    # int16 keys sort several times faster than int64 ones
+    keys = torch.where(empty, num_experts, flat).to(torch.int16 if num_experts < 2**15 else torch.int64)
+    order = torch.argsort(keys, stable=True)
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(T * K, device=order.device)
+    R = T * K if padded else int(counts_E.sum())
+    rows = torch.where(empty, R, rows)
+    order_R = order[:R]
+    return Slots(counts_E, order_R // max(K, 1), order_R, rows.view(T, K))
+
+
+def combine(values_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """(T, H): out_t = sum_k weights_tk * values[rows_tk], in slot order, in the dtype of ``values``.
+
+    ``values`` has one more row than there are slots: the last, zero, stands for the empty ones.
+    """
+    if weights_TK is not None:
+        weights_TK = weights_TK.to(values_RH.dtype)
+    return F.embedding_bag(rows_TK, values_RH, mode="sum", per_sample_weights=weights_TK)
+
+
+def capacity_of(num_slots: Tensor | int, num_experts: int, capacity_factor: float) -> Any:
+    """C = ceil(capacity_factor * num_slots / num_experts), the most slots an expert takes.
+
+    In integers, the factor being the fraction nearest to it with a denominator up to 10^6, so that 1.1 times
+    10 slots is 11 and not, as in floating point, a little more and hence 12. ``num_slots`` may be an int64
+    tensor: no synchronisation.
+    """
+    factor = Fraction(capacity_factor).limit_denominator(10**6)
+    return -(-num_slots * factor.numerator // (num_experts * factor.denominator))
+
+
+def apply_capacity(routing: Routing, capacity: Tensor | int) -> Routing:
+    """Keep, for every expert, the ``capacity`` slots of largest weight; empty the others.
+
+    Among equal weights the earlier token (then the earlier slot) stays. Weights are not renormalised: a
+    dropped slot contributes zero, and a token that loses all its slots gets a zero output. Fixed shapes, no
+    synchronisation.
+
+    Example:
+        >>> r = Routing(torch.tensor([[0], [0], [0], [1]]), torch.tensor([[0.2], [0.9], [0.9], [0.1]]), 2,
+        ...             torch.zeros(4, 2))
+        >>> apply_capacity(r, 1).indices.flatten().tolist()
+        [-1, 0, -1, 1]
+    """
+    T, K = routing.indices.shape
+    E = routing.num_experts
+    flat = routing.indices.flatten()
+    keys = torch.where(flat < 0, E, flat)
+    with torch.no_grad():
+        # two stable sorts: by falling weight, then by expert
+        by_weight = torch.argsort(routing.weights.detach().flatten(), descending=True, stable=True)
+        order = by_weight[torch.argsort(keys[by_weight], stable=True)]
+        counts_E = expert_loads(routing.indices, E)
+        starts = F.pad(counts_E.cumsum(0), (1, 0))  # (E + 1,), the last one begins the empty slots
+        rank = torch.arange(T * K, device=flat.device) - starts[keys[order]]
+        drop = torch.empty_like(flat, dtype=torch.bool)
+        drop[order] = rank >= capacity
+        drop_TK = drop.view(T, K)
+    return replace(
+        routing,
+        indices=routing.indices.masked_fill(drop_TK, -1),
+        weights=routing.weights.masked_fill(drop_TK, 0.0),
+    )

@@ -1,0 +1,138 @@
+"""The weights of the experts, stacked as transformers stacks them, and the shared expert beside them.
+
+Shapes: T tokens, K slots per token, E experts, H model width, I expert width, S shared width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from monge.moe.activations import ACTIVATIONS
+from monge.moe.compute import PATHS, choose_path
+
+INIT_STD = 0.02  # transformers' initializer_range
+
+
+class Experts(nn.Module):
+    """E feed-forward networks without biases: ``expert_e(x) = act(x A_e^T) D_e^T``.
+
+    Weights (names and layout of transformers' experts, so that state dicts interchange):
+        gate_up_proj: (E, 2I, H), for the gated activations: ``act = f(gate) * up``, gate rows first.
+        up_proj: (E, I, H) instead, for the ungated ``gelu``.
+        down_proj: (E, H, I).
+
+    Args:
+        dim: H. hidden: I. num_experts: E.
+        activation: "swiglu" (SiLU gate), "geglu" (gate by GELU in its tanh approximation, as Gemma) or "gelu"
+            (exact GELU, no gate, as BERT and ViT).
+        compute: a name in `monge.moe.compute.PATHS`, or "auto", a fixed table.
+
+    Memory: a forward that will be differentiated saves, of its activations,
+    ``T H b + R J b + T K (8 + w)`` bytes: the hidden states, the pre-activations (J = 2I gated, I not), and
+    the indices and gates. b and w are the bytes of an element of the hidden states and of the gates; R is the
+    number of filled slots, or T K where it is not read from the device (under torch.compile, `grouped_mm` on
+    an accelerator). The first term falls away when the input projection is frozen. Weights are not counted;
+    under autocast their casts, ``E H (J + I) b`` bytes, are saved as well.
+    """
+
+    down_proj: nn.Parameter
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        activation: str = "swiglu",
+        compute: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("dim", dim), ("hidden", hidden), ("num_experts", num_experts)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        if compute != "auto" and compute not in PATHS:
+            raise ValueError(f"compute must be auto or one of {', '.join(PATHS)}; got {compute!r}")
+        self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
+        self.activation, self.compute = activation, compute
+        act = ACTIVATIONS[activation]
+        self.input_name = "gate_up_proj" if act.gated else "up_proj"
+        shapes = {self.input_name: (act.width(hidden), dim), "down_proj": (dim, hidden)}
+        for name, shape in shapes.items():
+            weight = torch.empty((num_experts, *shape), device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every weight from N(0, 0.02^2)."""
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=INIT_STD)
+
+    def forward(self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """(T, H): ``out_t = sum_k weights_tk * expert_{indices_tk}(hidden_t)``; empty slots (-1) add nothing.
+
+        Matrix products run in the dtype of the inputs (of autocast inside it), the sum over slots in float32
+        at least.
+
+        Raises:
+            TypeError: hidden states and weights differ in dtype, outside autocast.
+        """
+        proj_in: Tensor = getattr(self, self.input_name)
+        proj_out: Tensor = self.down_proj
+        device = hidden_TH.device
+        if torch.is_autocast_enabled(device.type) and hidden_TH.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
+            hidden_TH, proj_in, proj_out = hidden_TH.to(dtype), proj_in.to(dtype), proj_out.to(dtype)
+        if hidden_TH.dtype != proj_in.dtype:
+            raise TypeError(
+                f"hidden states are {hidden_TH.dtype} and the experts {proj_in.dtype}: convert one of them "
+                "(`.to(dtype)`), or run under torch.autocast"
+            )
+        name = self.compute
+        if name == "auto":
+            name = choose_path(indices_TK.numel(), self.dim, hidden_TH.dtype, device)
+        return PATHS[name](hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, "
+            f"activation={self.activation!r}, compute={self.compute!r}"
+        )
+
+
+class SharedExpert(nn.Module):
+    """One dense feed-forward network that every token takes, ungated: ``act(x A^T) D^T``.
+
+    Weights as in transformers' GraniteMoeShared: ``input_linear.weight`` (2S, H), or (S, H) for the ungated
+    ``gelu``, gate rows first, and ``output_linear.weight`` (H, S).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        activation: str = "swiglu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        width = ACTIVATIONS[activation].width(hidden)
+        self.input_linear = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
+        self.output_linear = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
+        for linear in (self.input_linear, self.output_linear):
+            nn.init.normal_(linear.weight, std=INIT_STD)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
+        act = ACTIVATIONS[self.activation]
+        pre = self.input_linear(hidden)
+        if not act.gated:
+            return self.output_linear(act.function(pre))
+        gate, up = pre.chunk(2, dim=-1)
+        return self.output_linear(act.function(gate) * up)
