@@ -21,7 +21,7 @@ import torch
 def interleave(
     candidates: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of each candidate over ``repeats`` interleaved rounds, after ``warmup`` uncounted ones."""
+    """Median seconds of each candidate over ``repeats`` interleaved rounds, ``warmup`` more uncounted."""
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_index in range(-warmup, repeats):
