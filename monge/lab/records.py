@@ -1,0 +1,67 @@
+"""records.jsonl: one JSON object a line, appended as it happens, valid after any interruption.
+
+Every record has ``kind``, ``router`` and ``seed``, which name its run, and ``step``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from monge.lab.writing import append_line, write_atomic
+
+Record = dict[str, Any]
+
+
+class Records:
+    """The records of an experiment, in memory and on disk.
+
+    Opening drops what a killed process left after the last whole line.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"
+        >>> records = Records(path)
+        >>> records.append({"kind": "train", "router": "topk", "seed": 0, "step": 10, "loss": 4.5})
+        >>> len(Records(path).rows)
+        1
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Record] = []
+        data = path.read_bytes() if path.exists() else b""
+        whole = 0
+        for line in data.splitlines(keepends=True):
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:  # JSON or UTF-8
+                row = None
+            if not isinstance(row, dict):
+                break
+            self.rows.append(row)
+            whole += len(line)
+        if whole < len(data):
+            write_atomic(path, data[:whole])
+
+    def append(self, record: Record) -> None:
+        """Add one record, on disk before this returns."""
+        append_line(self.path, json.dumps(record, allow_nan=False))
+        self.rows.append(record)
+
+    def evaluation(self, router: str, seed: int) -> Record | None:
+        """The run's final record, or None while it is unfinished."""
+        return next((row for row in self.rows if _run(row) == (router, seed) and row["kind"] == "eval"), None)
+
+    def rewind(self, router: str, seed: int, step: int) -> None:
+        """Drop what the unfinished run recorded after `step`, its checkpoint: that will happen again."""
+        kept = [row for row in self.rows if _run(row) != (router, seed) or row["step"] <= step]
+        if len(kept) < len(self.rows):
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self.rows = kept
+
+
+def _run(row: Record) -> tuple[str, int]:
+    return row["router"], row["seed"]

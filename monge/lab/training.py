@@ -1,0 +1,170 @@
+"""One run: a router and a seed, trained step by step, recorded, resumed bit for bit after an interruption.
+
+A step depends on the weights, AdamW's moments, the seed and its own number alone: which windows it sees and
+every random number follow from (seed, step). So a checkpoint holds no generator and no data loader.
+
+Shapes: B sequences, S context, L MoE layers, E experts, N steps so far.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from monge.lab.checkpoints import load_checkpoint, save_checkpoint
+from monge.lab.evaluation import mean_loss
+from monge.lab.loads import LoadCounter, max_violation
+from monge.lab.models import moe_layers
+from monge.lab.observer import Observer
+from monge.lab.optimisation import batch_of, learning_rate, make_optimizer
+from monge.lab.presets import CompareConfig
+from monge.lab.records import Records
+from monge.lab.tokenizer import Corpus
+from monge.routing import aux_loss
+from monge.routing import step as advance
+
+QUICK_VALIDATION = 16  # losses along the way use this fraction of the validation windows
+
+
+@dataclass(slots=True)
+class History:
+    """What every step so far left behind: loss (nats), milliseconds, and the violation of each MoE layer."""
+
+    loss: list[float] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
+    violation: list[list[float]] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            name: torch.tensor(getattr(self, name), dtype=torch.float64)
+            for name in ("loss", "ms", "violation")
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> History:
+        return cls(**{name: value.tolist() for name, value in tensors.items()})
+
+    def train_max_violation(self) -> float | None:
+        """Mean over the last quarter of the steps and over layers, or None without MoE layers."""
+        last = self.violation[-max(1, len(self.violation) // 4) :]
+        return statistics.fmean(v for row in last for v in row) if any(last) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One router with one seed, and where its traces go."""
+
+    router: str
+    seed: int
+    config: CompareConfig
+    corpus: Corpus
+    records: Records
+    checkpoint: Path
+    observer: Observer
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        self.records.append({"kind": kind, "router": self.router, "seed": self.seed, "step": step, **values})
+
+
+def train(model: nn.Module, run: Run) -> History:
+    """Train `model` to the last step, from the run's checkpoint where there is one.
+
+    Raises:
+        ValueError: the loss is no longer finite; the message names the step.
+        OSError: a record or checkpoint could not be written.
+    """
+    config = run.config
+    optimizer = make_optimizer(model, config)
+    history = History()
+    if run.checkpoint.exists():
+        history = History.of(load_checkpoint(run.checkpoint, model, optimizer))
+        run.observer.message(f"{run.router}, seed {run.seed}: going on after step {len(history.loss)}")
+    run.records.rewind(run.router, run.seed, len(history.loss))
+    model.train()
+    for step in range(len(history.loss), config.steps):
+        loads_LE = _step(model, optimizer, run, step, history)
+        _trace(model, optimizer, run, history, loads_LE)
+    return history
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: Run,
+    step: int,
+    history: History,
+) -> Tensor:
+    """One optimizer step, added to `history`. Returns (L, E) slots per expert."""
+    config = run.config
+    tokens_BS = batch_of(run.corpus.train_NS, config.batch, run.seed, step).to(config.device)
+    began = time.perf_counter()
+    torch.manual_seed(run.seed * 1_000_003 + step)
+    with LoadCounter(model) as counter:
+        logits_BSV = model(input_ids=tokens_BS[:, :-1]).logits
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+    has_routers = bool(moe_layers(model))
+    (loss + aux_loss(model) if has_routers else loss).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if has_routers:
+        advance(model)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{run.router}, seed {run.seed}: the loss became {value} at step {step + 1}. "
+            f"Lower lr (now {config.lr:g}) or clip (now {config.clip:g})."
+        )
+    loads_LE = counter.take()
+    history.loss.append(value)
+    history.ms.append(1000 * (time.perf_counter() - began))
+    history.violation.append(max_violation(loads_LE).tolist())
+    return loads_LE
+
+
+def _trace(
+    model: nn.Module, optimizer: torch.optim.Optimizer, run: Run, history: History, loads_LE: Tensor
+) -> None:
+    """Leave a step's traces; records before the checkpoint, which must never be ahead of them."""
+    config, step = run.config, len(history.loss)
+    since = (step - 1) % config.log_every + 1
+    tokens_per_s = 1000 * config.tokens_per_step / statistics.fmean(history.ms[-since:])
+    violation = [statistics.fmean(row) for row in history.violation[-since:] if row]
+    if step % config.log_every == 0 or step == config.steps:
+        run.record(
+            "train",
+            step,
+            loss=statistics.fmean(history.loss[-since:]),
+            tokens_per_s=tokens_per_s,
+            max_violation=statistics.fmean(violation) if violation else None,
+            lr=learning_rate(step - 1, config),
+        )
+    if step % config.load_every == 0:
+        shares_LE = loads_LE / loads_LE.sum(dim=-1, keepdim=True)
+        for layer, shares_E in enumerate(shares_LE.tolist()):
+            run.record("load", step, layer=layer, loads=shares_E)
+    if step % config.eval_every == 0 and step < config.steps:
+        val_NS = run.corpus.val_NS
+        part_NS = val_NS[: -(-len(val_NS) // QUICK_VALIDATION)]
+        run.record("val", step, val_loss=mean_loss(model, part_NS, config))
+    if step % config.checkpoint_every == 0 or step == config.steps:
+        save_checkpoint(run.checkpoint, model, optimizer, history.tensors())
+    run.observer.step(
+        run.router,
+        run.seed,
+        step,
+        config.steps,
+        history.loss[-1],
+        tokens_per_s,
+        violation[-1] if violation else None,
+    )
