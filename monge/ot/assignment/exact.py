@@ -114,14 +114,13 @@ def solve_exact(scores: np.ndarray, k: int, capacity: int, max_work: int | None 
     if objective == -np.inf:
         return Solution.infeasible(num_rows, num_columns, k, "row", fit.stage, fit.work)
     if ended == repair.OUT_OF_WORK:
-        bound = _top_k_sum(scores - price_E, k) + capacity * float(price_E.sum())
+        regret = rounding.regret(scores.astype(np.float64), price_E, indices_TK)
         status, reason = "approximate", "work"
     else:
-        # D(b) minus the objective is what rows regret and what columns leave unsold.
-        unsold_E = capacity - np.bincount(indices_TK.ravel(), minlength=num_columns)
-        bound = objective + scale * fit.regret + float(price_E @ unsold_E)
-        status, reason = "optimal", ""
-    bound = max(bound, objective)
+        regret, status, reason = scale * fit.regret, "optimal", ""
+    # D(b) minus the objective is what the rows regret and what the columns leave unsold.
+    unsold_E = capacity - np.bincount(indices_TK.ravel(), minlength=num_columns)
+    bound = max(objective, objective + regret + float(price_E @ unsold_E))
     return Solution(indices_TK, price_E, objective, bound, status, fit.stage, fit.work, reason)
 
 
@@ -170,7 +169,7 @@ def _sample_prices(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def _spread(narrow_TE: np.ndarray) -> float:
     """A quarter of the range of the scores, without the lowest twentieth, which may stand for "never"."""
-    some = narrow_TE.ravel()[:: max(1, narrow_TE.size // 2048)]
+    some = narrow_TE.ravel()[:: max(1, narrow_TE.size // 512)]
     some = np.sort(some[some > -np.inf])
     return max(0.25 * (float(some[-1]) - float(some[len(some) // 20])), 1e-30) if len(some) else 1.0
 
@@ -213,8 +212,7 @@ def _fit(problem: Problem, start_E: np.ndarray, v1_T: np.ndarray, v2_T: np.ndarr
         ended, work, reach = repair.repair(score_nE[first_G], class_n, size_G, *state, cutoff, work, limit)
         indices_TK[rows] = held_nK
         if ended in (repair.DONE, repair.OUT_OF_WORK) or len(rows) == num_rows:
-            value_nE = score_nE - price_N[:num_columns]
-            regret = _top_k_sum(value_nE, k) - float(np.take_along_axis(value_nE, held_nK, 1).sum())
+            regret = rounding.regret(score_nE, price_N[:num_columns], held_nK)
             break
         size = min(4 * size, max(2 * size, int(np.count_nonzero(gap_T <= 1.5 * reach))))
     price_E = price_N[:num_columns] - (price_N[-1] if slack else price_N.min())
@@ -259,10 +257,6 @@ def _classes(score_nE: np.ndarray, grouped: bool) -> tuple[np.ndarray, np.ndarra
     class_n = np.empty(n, np.int64)
     class_n[order] = np.cumsum(new) - 1
     return class_n, order[new], np.bincount(class_n)
-
-
-def _top_k_sum(value_nE: np.ndarray, k: int) -> float:
-    return float(np.partition(value_nE, -k, axis=1)[:, -k:].sum())
 
 
 def _complete(problem: Problem, indices_TK: np.ndarray, price_E: np.ndarray, v2_T: np.ndarray) -> bool:

@@ -39,18 +39,25 @@ def choose_strict(score_TE, prices_E, v1_T, v2_T, score_error, gap_T, indices_TK
 
 
 @njit(cache=True, nogil=True)
+def _top(score_E, prices_E, value_E, top_K):
+    """Write S - b to ``value_E`` and its k largest entries to ``top_K``, by falling value."""
+    k = top_K.shape[0]
+    top_K[:] = -np.inf
+    for e in range(prices_E.shape[0]):
+        value_E[e] = x = score_E[e] - prices_E[e]
+        if x > top_K[k - 1]:
+            for j in range(k):
+                if x > top_K[j]:
+                    x, top_K[j] = top_K[j], x
+
+
+@njit(cache=True, nogil=True)
 def choose_tied(score_nE, prices_E, indices_nK, loads_E):
     """Top-k of S - b in float64, row by row; of equal values, those on the least loaded columns so far."""
     num_columns, k = prices_E.shape[0], indices_nK.shape[1]
     value_E, top_K = np.empty(num_columns), np.empty(k)
     for t in range(score_nE.shape[0]):
-        top_K[:] = -np.inf
-        for e in range(num_columns):
-            value_E[e] = x = score_nE[t, e] - prices_E[e]
-            if x > top_K[k - 1]:
-                for j in range(k):
-                    if x > top_K[j]:
-                        x, top_K[j] = top_K[j], x
+        _top(score_nE[t], prices_E, value_E, top_K)
         threshold, n = top_K[k - 1], 0
         for e in range(num_columns):
             if value_E[e] > threshold:
@@ -66,6 +73,19 @@ def choose_tied(score_nE, prices_E, indices_nK, loads_E):
             n += 1
         for j in range(k):
             loads_E[indices_nK[t, j]] += 1
+
+
+@njit(cache=True, nogil=True)
+def regret(score_nE, prices_E, indices_nK):
+    """By how much the k largest entries of S - b exceed what the rows hold of it, summed over the rows."""
+    num_columns, k = prices_E.shape[0], indices_nK.shape[1]
+    value_E, top_K = np.empty(num_columns), np.empty(k)
+    total = 0.0
+    for t in range(score_nE.shape[0]):
+        _top(score_nE[t], prices_E, value_E, top_K)
+        for j in range(k):
+            total += top_K[j] - value_E[indices_nK[t, j]]
+    return total
 
 
 @njit(cache=True, nogil=True)
