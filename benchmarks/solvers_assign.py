@@ -55,8 +55,7 @@ DEGENERATE: dict[str, Callable[..., np.ndarray]] = {
     "points on a line": lambda rng, T, E: -np.abs(rng.random(T)[:, None] - rng.random(E) ** 2),
 }
 
-# A peer takes a problem (scores, k, capacity) and returns the call that is timed, and gives the objective.
-# A peer takes a problem (scores, k, capacity) and hands back the call to be timed, a call for the objective.
+# A peer takes a problem (scores, k, capacity) and returns the call to be timed, which returns its objective.
 Peer = Callable[[np.ndarray, int, int], Callable[[], float]]
 ON_CALL: dict[str, Peer] = {
     "released MaxScore": lambda *problem: partial(maxscore_released, *problem),

@@ -208,6 +208,14 @@ def test_newton_that_does_not_finish_never_makes_it_worse():
     assert all(math.isfinite(e) for e in errors)
 
 
+def test_a_tolerance_below_rounding_ends_before_the_cap():
+    scores = (torch.rand(200, 8, dtype=torch.float64) * 2 - 1) * 20
+    result = sinkhorn(scores, epsilon=0.05, tol=1e-18, max_iters=100_000)
+    assert not result.converged
+    assert result.col_error < 1e-10
+    assert int(result.iterations) < 1000
+
+
 def test_prediction_of_the_remaining_sweeps():
     """An error that halves every sweep needs 10 more to fall from 1e-1 to 1e-4."""
     falling = {"error": 1e-1, "before": 1.6, "span": 4, "step": 20, "tol": 1e-4}

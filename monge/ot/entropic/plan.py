@@ -86,7 +86,7 @@ def sinkhorn(
         max_iters: the most sweeps over the scores, Newton's included.
         backward: ``"implicit"`` solves one E x E system for the gradient of the optimal plan, with respect to
             scores, row masses and column masses; ``"unrolled"`` differentiates plain iterations in the log
-            domain, at T * E numbers of memory each; ``"none"`` returns a detached plan.
+            domain, at some T * E float64 numbers of memory each; ``"none"`` returns a detached plan.
         noise: standard deviation of Gaussian noise added to the scores, in their units.
         generator: where the noise comes from.
         group: a process group over whose ranks the rows are spread, any number to each. Column masses must be

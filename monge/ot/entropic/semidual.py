@@ -29,6 +29,7 @@ _SMOOTH_SPREAD = 8.0  # spread / epsilon of the first level
 _ANNEAL = 4.0
 _LEVEL_DONE = 0.03  # share of the mass in the wrong column at which a level hands over to the next
 _RADIUS = 3.0
+_PATIENCE = 30  # sweeps at the last level without a smaller error after which there is none to be had
 
 
 class SecondOrderForm(Protocol):
@@ -67,6 +68,7 @@ def newton(
     radius_B = torch.full_like(total_B, _RADIUS)
     sweeps_B = torch.zeros_like(total_B, dtype=torch.int64)
     done_B = torch.zeros_like(total_B, dtype=torch.bool)
+    least_B, since_B = torch.full_like(total_B, torch.inf), torch.zeros_like(sweeps_B)
     fresh_B = torch.ones_like(done_B)  # just arrived at a level: whatever is there is the point to start from
 
     log_v_BE = trial_BE = log_mass_BE - top_BE / (epsilon * _ANNEAL**levels)
@@ -93,7 +95,10 @@ def newton(
 
         errors_B = stopping.errors(residual_BE)
         sweeps_B = sweeps_B + ~done_B
-        done_B = (level_B == 0) & (errors_B <= stopping.tol)
+        better_B = (level_B > 0) | (errors_B < 0.9 * least_B)
+        least_B = torch.where(level_B > 0, torch.inf, torch.where(better_B, errors_B, least_B))
+        since_B = torch.where(better_B, 0, since_B + 1)
+        done_B = (level_B == 0) & ((errors_B <= stopping.tol) | (since_B >= _PATIENCE))
         if spent == stopping.max_iters:
             break
         if spent % stopping.check_every == 0:
