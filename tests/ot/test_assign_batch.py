@@ -9,7 +9,7 @@ import torch
 from oracles import check_assignment
 
 from monge.ot import assign
-from monge.ot.assignment import api
+from monge.ot.assignment import api, host
 
 METHODS = ["exact", "approximate", "greedy"]
 
@@ -146,4 +146,4 @@ def test_wrong_kinds_of_object(change):
 
 
 def test_every_method_is_listed():
-    assert set(api.SOLVERS) | {"approximate"} == set(METHODS) == set(api.METHODS)
+    assert set(host.SOLVERS) | {"approximate"} == set(METHODS) == set(api.METHODS)

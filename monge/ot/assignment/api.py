@@ -6,21 +6,16 @@ Shapes: T rows, E columns, k choices per row, B instances (all leading dimension
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from monge.ot.assignment.approximate import solve_approximate
 from monge.ot.assignment.certificate import certified
-from monge.ot.assignment.exact import solve_exact
-from monge.ot.assignment.greedy import solve_greedy
-from monge.ot.assignment.solution import REASONS, STAGES, STATUSES, Assignment, Solution
+from monge.ot.assignment.host import bad_values_message, solve_on_cpu
+from monge.ot.assignment.solution import REASONS, STAGES, Assignment
 
-SOLVERS: dict[str, Callable[..., Solution]] = {"exact": solve_exact, "greedy": solve_greedy}
 METHODS = ("exact", "approximate", "greedy")
 _REASON_CODES = {name: code for code, name in enumerate(REASONS)}
 
@@ -94,12 +89,10 @@ def assign(
     if method == "approximate":
         answer = _approximate(scores, mask, k, capacity, factor)
     else:
-        answer = torch.ops.monge.assign(scores, mask, k, capacity, *factor, max_work, method)
-    indices, prices, objective, bound, report = (x.reshape(batch + x.shape[1:]) for x in answer)
-    loads = torch.zeros(*batch, scores.shape[-1] + 1, dtype=torch.int64, device=scores.device)
-    flat = indices.flatten(-2) + 1  # bin 0 takes the -1 of masked rows
-    loads = loads.scatter_add(-1, flat, torch.ones_like(flat))[..., 1:]
-    return Assignment(indices, prices, loads, objective, bound, report)
+        # The operator is for the compiler; called by hand it costs as much as a small problem.
+        solve = torch.ops.monge.assign if torch.compiler.is_compiling() else solve_on_cpu
+        answer = solve(scores, mask, k, capacity, *factor, max_work, method)
+    return Assignment(*(x.reshape(batch + x.shape[1:]) for x in answer))
 
 
 def capacities(valid_B: Tensor, E: int, k: int, capacity: int | None, factor: tuple[int, int]) -> Tensor:
@@ -118,7 +111,9 @@ def _approximate(
     if mask_BT is None:
         mask_BT = torch.ones(scores_BTE.shape[:-1], dtype=torch.bool, device=scores_BTE.device)
     if scores_BTE.device.type == "cpu" and not torch.compiler.is_compiling():
-        _reject_values(scores_BTE, mask_BT)
+        message = bad_values_message(scores_BTE, mask_BT)
+        if message:
+            raise ValueError(message)
     valid_B = mask_BT.sum(-1)
     capacity_B = capacities(valid_B, E, k, capacity, factor)
     most = min(T, -(-T * k * factor[0] // (E * factor[1])) if capacity is None else capacity)
@@ -138,89 +133,17 @@ def _approximate(
     solved_B = reason_B <= _REASON_CODES["steps"]
     status_B = torch.where(solved_B, torch.where(optimal_B, 0, 1), 2)
     stage_B = torch.full_like(status_B, STAGES.index("approximate"))
+    indices_BTk = torch.where(solved_B[:, None, None], indices_BTk, -1)
+    flat_BN = indices_BTk.flatten(1) + 1  # bin 0 takes the -1 of masked rows
+    bins_BE = flat_BN.new_zeros(len(flat_BN), E + 1).scatter_add(-1, flat_BN, torch.ones_like(flat_BN))
     return (
-        torch.where(solved_B[:, None, None], indices_BTk, -1),
+        indices_BTk,
         torch.where(solved_B[:, None], prices_BE, 0.0),
+        bins_BE[:, 1:],
         torch.where(solved_B, objective_B, -torch.inf),
         torch.where(solved_B, bound_B, -torch.inf),
         torch.stack((status_B, stage_B, reason_B, torch.zeros_like(status_B), capacity_B), -1),
     )
-
-
-@torch.library.custom_op("monge::assign", mutates_args=())
-def _assign_on_cpu(
-    scores_BTE: Tensor,
-    mask_BT: Tensor | None,
-    k: int,
-    capacity: int | None,
-    numerator: int,
-    denominator: int,
-    max_work: int | None,
-    method: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Indices, prices, objective, bound and report of the methods that run on the CPU; see ``assign``."""
-    device = scores_BTE.device
-    B, T, E = scores_BTE.shape
-    scores_BTE = scores_BTE.cpu().contiguous()
-    mask_BT = torch.ones(B, T, dtype=torch.bool) if mask_BT is None else mask_BT.cpu()
-    _reject_values(scores_BTE, mask_BT)
-    capacity_B = capacities(mask_BT.sum(-1), E, k, capacity, (numerator, denominator))
-    solve = SOLVERS[method]
-
-    def one(i: int) -> Solution:
-        scores = scores_BTE[i].numpy()
-        valid = mask_BT[i].numpy()
-        if not valid.all():
-            scores = scores[valid]
-        return _solve_checked(solve, scores, k, int(capacity_B[i]), max_work)
-
-    if B == 1:
-        solutions = [one(0)]
-    else:
-        # A pool per call: cheap beside the solves, and nothing survives into a forked process.
-        with ThreadPoolExecutor(max(1, min(B, torch.get_num_threads()))) as pool:
-            solutions = list(pool.map(one, range(B)))
-
-    indices = torch.full((B, T, k), -1, dtype=torch.int64)
-    prices = torch.zeros(B, E, dtype=torch.float64)
-    objective, bound = torch.zeros(B, dtype=torch.float64), torch.zeros(B, dtype=torch.float64)
-    report = torch.zeros(B, 5, dtype=torch.int64)
-    for i, s in enumerate(solutions):
-        indices[i, mask_BT[i]] = torch.from_numpy(s.indices)
-        prices[i] = torch.from_numpy(s.prices)
-        objective[i], bound[i] = s.objective, s.upper_bound
-        codes = STATUSES.index(s.status), STAGES.index(s.stage), _REASON_CODES[s.reason]
-        report[i] = torch.tensor([*codes, s.work, int(capacity_B[i])])
-    indices, prices, objective, bound, report = (
-        answer.to(device) for answer in (indices, prices, objective, bound, report)
-    )
-    return indices, prices, objective, bound, report
-
-
-@_assign_on_cpu.register_fake
-def _(scores_BTE, mask_BT, k, capacity, numerator, denominator, max_work, method):  # type: ignore[no-untyped-def]
-    B, T, E = scores_BTE.shape
-    return (
-        scores_BTE.new_empty((B, T, k), dtype=torch.int64),
-        scores_BTE.new_empty((B, E), dtype=torch.float64),
-        scores_BTE.new_empty((B,), dtype=torch.float64),
-        scores_BTE.new_empty((B,), dtype=torch.float64),
-        scores_BTE.new_empty((B, 5), dtype=torch.int64),
-    )
-
-
-def _solve_checked(
-    solve: Callable[..., Solution], scores_TE: np.ndarray, k: int, capacity: int, max_work: int | None
-) -> Solution:
-    """The checks that need no solver, then the solver."""
-    T, E = scores_TE.shape
-    if T == 0:
-        return Solution(np.empty((0, k), np.int64), np.zeros(E), 0.0, 0.0, "optimal", "trivial")
-    if E * capacity < T * k:
-        return Solution.infeasible(T, E, k, "slots")
-    if ((scores_TE > -np.inf).sum(-1) < k).any():
-        return Solution.infeasible(T, E, k, "row")
-    return solve(scores_TE, k, capacity, max_work)
 
 
 def _checked(
@@ -264,16 +187,7 @@ def _exact_factor(factor: float) -> tuple[int, int]:
     """The decimal that was written, not its binary neighbour: 1.1 * 10 must not round up to 12."""
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"capacity_factor must be a positive finite number, got {factor!r}")
+    if float(factor).is_integer():
+        return int(factor), 1
     # The denominator is bounded to keep the products of ``capacities`` inside int64.
     return Fraction(repr(float(factor))).limit_denominator(10**6).as_integer_ratio()
-
-
-def _reject_values(scores_BTE: Tensor, mask_BT: Tensor) -> None:
-    bad_BTE = (scores_BTE.isnan() | (scores_BTE == torch.inf)) & mask_BT.unsqueeze(-1)
-    if bool(bad_BTE.any()):
-        b, t, e = (int(x) for x in bad_BTE.nonzero()[0])
-        raise ValueError(
-            f"scores of valid rows must be finite or -inf: {int(bad_BTE.sum())} entries are NaN or +inf, the "
-            f"first is {float(scores_BTE[b, t, e])} in problem {b}, row {t}, column {e}; clean them, or mask "
-            "those rows"
-        )
