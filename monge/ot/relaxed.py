@@ -17,17 +17,16 @@ ITERATIONS = 7
 
 
 def soft_topk(scores: Tensor, k: int, *, temperature: float = 0.1) -> Tensor:
-    """Differentiable top-k: ``x_e = sigmoid((s_e - tau) / temperature)`` with tau such that ``sum_e x_e =
-    k``.
+    """Differentiable top-k: ``x_e = sigmoid((s_e - tau) / temperature)``, tau such that ``sum_e x_e = k``.
 
     x solves ``max sum_e x_e s_e + temperature * sum_e H(x_e)`` over ``sum_e x_e = k``, H the entropy of a
-    coin: the entropic transport of the E columns onto the two points 'chosen' (mass k) and 'not chosen' (mass
-        E - k). As the
-    temperature falls to 0, x tends to the indicator of the k largest scores; equal scores get equal shares.
+    coin: the entropic transport of the E columns onto the two points 'chosen' (mass k) and 'not chosen'
+    (mass E - k). As the temperature falls to 0, x tends to the indicator of the k largest scores; equal
+    scores get equal shares.
 
     tau is solved per row in float64 for any scale of scores and temperature. Backward is the closed form of
-    the implicit derivative, ``dx = w / temperature * (ds - sum(w ds) / sum(w))`` with ``w = x (1 - x)``,
-    once.
+    the implicit derivative, ``dx = w / temperature * (ds - sum(w ds) / sum(w))`` with ``w = x (1 - x)``. It
+    can be taken once.
 
     Args:
         scores: (..., E), any float dtype. -inf gives 0.
