@@ -1,7 +1,7 @@
 """Time several callables side by side on a noisy machine: interleaved in one run, medians, ratios.
 
-Every candidate runs once per round, in an order that rotates from round to round, so a drift of the machine's
-speed touches all of them alike. Absolute times are printed for orientation; the ratios are the result.
+Every candidate has its turn in every round, in an order that rotates from round to round, so a drift of the
+machine's speed touches all of them alike. Absolute times are for orientation; the ratios are the result.
 """
 
 from __future__ import annotations
@@ -19,19 +19,28 @@ import torch
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1
+    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, least: float = 5e-3
 ) -> dict[str, float]:
-    """Median seconds of each candidate over ``repeats`` interleaved rounds, ``warmup`` more uncounted."""
+    """Median seconds per call of each candidate over ``repeats`` interleaved rounds after one uncounted.
+
+    In a round a candidate runs as often as it takes to fill ``least`` seconds: a call much shorter than its
+    neighbours would otherwise be timed with the caches and the clock that they left behind.
+    """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_index in range(-warmup, repeats):
+    calls = dict.fromkeys(names, 1)
+    for round_index in range(-1, repeats):
         shift = round_index % len(names)
         for name in names[shift:] + names[:shift]:
+            call = candidates[name]
             start = time.perf_counter()
-            candidates[name]()
-            elapsed = time.perf_counter() - start
+            for _ in range(calls[name]):
+                call()
+            each = (time.perf_counter() - start) / calls[name]
             if round_index >= 0:
-                seconds[name].append(elapsed)
+                seconds[name].append(each)
+            else:
+                calls[name] = max(1, round(least / each))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -51,10 +51,10 @@ class CompareConfig:
     """Experts of a layer."""
     top_k: int = 2
     """Experts that process a token."""
-    expert_width: int = 128
+    expert_width: int = 32
     """Hidden neurons of an expert; the dense baseline has top_k times as many, the same active FLOPs."""
 
-    steps: int = 300
+    steps: int = 600
     """Optimizer steps of a run."""
     batch: int = 8
     """Sequences in an optimizer step."""
@@ -74,7 +74,7 @@ class CompareConfig:
 
     log_every: int = 10
     """Steps between two training records."""
-    load_every: int = 25
+    load_every: int = 50
     """Steps between two records of the experts' loads."""
     eval_every: int = 50
     """Steps between two losses on a sixteenth of the validation set; the full set is used at the end."""
