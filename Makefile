@@ -52,7 +52,7 @@ bench: $(VENV)/.dev  ## the solvers and the layer beside their peers, as ratios 
 	$(BIN)/python -m benchmarks.solvers --out runs/bench/solvers.json
 
 docs: $(VENV)/.docs  ## the documentation site (site/)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove everything that the targets made
 	rm -rf $(VENV) .cache runs site build *.egg-info

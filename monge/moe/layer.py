@@ -43,7 +43,8 @@ class MoE(nn.Module):
         shared_hidden: S, the width of the shared expert; 0 for none.
         capacity_factor: None (dropless) or cf > 0.
         compute: "auto", "loop", "sorted" or "grouped_mm": equal results, different speed.
-        device, dtype: of the weights; the state of the router stays float32.
+        device: of the weights.
+        dtype: of the weights; the state of the router stays float32.
 
     Raises:
         ValueError: a size, name or factor is out of range, or the router does not fit the layer.

@@ -70,7 +70,8 @@ def make_router(
         dim: width of the hidden states.
         num_experts: E.
         top_k: experts per token.
-        layer, seed: number of the layer and seed of the decisions that all ranks share.
+        layer: number of the layer.
+        seed: of the decisions that all ranks share.
         options: the method's own (see its class) and those of every router: ``bias``, ``z_loss``, ``device``,
             ``dtype``.
 

@@ -61,11 +61,11 @@ def sinkhorn(
     generator: torch.Generator | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> TransportPlan:
-    r"""The plan with given row and column sums that maximises score plus entropy.
+    """The plan with given row and column sums that maximises score plus entropy.
 
-    .. math::
-        \max_{P \ge 0} \; \langle P, S \rangle + \epsilon H(P), \quad P 1 = r, \; P^T 1 = c, \quad
-        H(P) = -\sum_{te} P_{te} (\log P_{te} - 1)
+    ``max_{P >= 0}  <P, S> + epsilon H(P)   subject to   P 1 = r,  P^T 1 = c``
+
+    with ``H(P) = -sum_te P_te (log P_te - 1)``, row masses r and column masses c.
 
     Sinkhorn's iterations (Cuturi, arXiv 1306.0895) with float64 sums, on the scores as they are or
     exponentiated once, as their spread allows; where they would miss ``tol`` within ``max_iters``, as they do
