@@ -133,7 +133,7 @@ def watch(
         ValueError: ``model`` has no router, or a capacity factor is not positive.
         ImportError: ``tensorboard`` is a folder and the package is not installed.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> layer = monge.MoE(8, 16, 4, 2, router="topk")
         >>> with monge.watch(layer) as w:

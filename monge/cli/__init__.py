@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after ``monge``; those of the process when None.
 
-    Example:
+    Examples:
         >>> from monge.cli import main
         >>> main(["--version"])
         monge 0.1.0

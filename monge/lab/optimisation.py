@@ -23,7 +23,7 @@ def batch_of(windows_NS: Tensor, size: int, seed: int, step: int) -> Tensor:
 def learning_rate(step: int, config: CompareConfig) -> float:
     """Linear warm-up to the peak, then a cosine to ``final_lr`` of it at the last step; `step` counts from 0.
 
-    Example:
+    Examples:
         >>> from monge.lab import CompareConfig
         >>> config = CompareConfig(lr=1.0, warmup=10, steps=101, final_lr=0.1)
         >>> [round(learning_rate(step, config), 3) for step in (0, 9, 10, 55, 100)]

@@ -18,7 +18,7 @@ class CompareConfig:
     Raises:
         ValueError: a size, count or rate is out of range; the message names the field and its value.
 
-    Example:
+    Examples:
         >>> from monge.lab import CompareConfig
         >>> config = CompareConfig(routers=("topk", "prices"), steps=100)
         >>> config.tokens_per_step, config.tokens

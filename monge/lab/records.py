@@ -19,7 +19,7 @@ class Records:
 
     Opening drops what a killed process left after the last whole line.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp()) / "records.jsonl"

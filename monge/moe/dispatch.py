@@ -81,7 +81,7 @@ def apply_capacity(routing: Routing, capacity: Tensor | int) -> Routing:
     dropped slot contributes zero, and a token that loses all its slots gets a zero output. Fixed shapes, no
     synchronisation.
 
-    Example:
+    Examples:
         >>> r = Routing(torch.tensor([[0], [0], [0], [1]]), torch.tensor([[0.2], [0.9], [0.9], [0.1]]), 2,
         ...             torch.zeros(4, 2))
         >>> apply_capacity(r, 1).indices.flatten().tolist()

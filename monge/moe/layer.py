@@ -51,7 +51,7 @@ class MoE(nn.Module):
 
     Source: arXiv 1701.06538 (sparse experts), arXiv 2211.15841 (dropless), arXiv 2006.16668 (capacity).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import MoE
         >>> layer = MoE(dim=8, hidden=16, num_experts=4, top_k=2)

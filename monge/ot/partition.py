@@ -35,7 +35,7 @@ def balanced_partition(affinity_FE: Tensor, *, method: str = "exact") -> Tensor:
         ValueError: not a floating-point (F, E) matrix with E >= 1, NaN or +inf, an unknown method, or
             forbidden pairs that leave no balanced partition.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import balanced_partition
         >>> affinity = torch.tensor([[5.0, 1.0], [4.0, 0.0], [3.0, 2.0], [9.0, 8.5], [1.0, -1.0]])

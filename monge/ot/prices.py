@@ -60,7 +60,7 @@ def margin_prices(
 
     Source: this library; the quantile step it refines is kexue.fm/archives/11619.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import margin_prices
         >>> scores = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def quantile_prices(
 
     Source: kexue.fm/archives/11619.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import quantile_prices
         >>> scores = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def sign_prices(prices: Tensor, loads: Tensor, rate: float = 1e-3) -> Tensor:
 
     Source: arXiv 2408.15664, algorithm 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import sign_prices
         >>> sign_prices(torch.zeros(3), torch.tensor([6, 3, 0]), rate=0.5)

@@ -42,7 +42,7 @@ def soft_topk(scores: Tensor, k: int, *, temperature: float = 0.1) -> Tensor:
 
     Source: Xie et al., 'Differentiable Top-k with Optimal Transport', arXiv 2002.06504.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import soft_topk
         >>> soft_topk(torch.tensor([2.0, 1.0, 1.0, -torch.inf]), 2, temperature=0.5)

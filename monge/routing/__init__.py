@@ -78,7 +78,7 @@ def make_router(
     Raises:
         ValueError: an unknown name or option; the message lists the valid ones.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("topk", dim=8, num_experts=4, top_k=2)

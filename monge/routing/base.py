@@ -27,7 +27,7 @@ class Base(Router):
 
     Source: arXiv 2103.16716. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> make_router("base", dim=8, num_experts=4, top_k=1)(torch.randn(12, 8)).loads.tolist()

@@ -31,7 +31,7 @@ class ExpertChoice(Router):
 
     Source: arXiv 2202.09368, section 3.2. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> make_router("expert_choice", dim=4, num_experts=4, top_k=2)(torch.randn(10, 4)).loads.tolist()

@@ -30,7 +30,7 @@ class Hash(Router):
 
     Source: arXiv 2106.04426. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("hash", dim=4, num_experts=4, top_k=2)

@@ -23,7 +23,7 @@ def load_balance_loss(probs_TE: Tensor, shares_E: Tensor, *, mask: Tensor | None
 
     Source: arXiv 2101.03961, eq. 4 (Switch), there for k = 1; arXiv 2006.16668, section 2.2 (GShard).
 
-    Example:
+    Examples:
         >>> import torch
         >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
         >>> round(load_balance_loss(probs, torch.tensor([1.0, 0.0])).item(), 4)
@@ -60,7 +60,7 @@ def z_loss(logits_TE: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
     Source: arXiv 2202.08906, eq. 5 (ST-MoE; coefficient 1e-3 there).
 
-    Example:
+    Examples:
         >>> import torch
         >>> round(z_loss(torch.zeros(3, 4)).item(), 4)  # log(4)^2
         1.9218

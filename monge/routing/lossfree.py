@@ -32,7 +32,7 @@ class LossFree(PricedRouter):
 
     Source: arXiv 2408.15664, algorithm 1; 2412.19437, section 2.1.2. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> router = monge.make_router("lossfree", dim=4, num_experts=4, top_k=1, bias=True, rate=0.1)
         >>> router.bias.data[0] = 1.0  # expert 0 takes all

@@ -60,7 +60,7 @@ class MaxScore(SteppedRouter):
 
     Source: arXiv 2508.12801; kept prices are this library's. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("maxscore", dim=8, num_experts=4, top_k=2)

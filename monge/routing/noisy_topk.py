@@ -32,7 +32,7 @@ class NoisyTopK(Router):
 
     Source: arXiv 1701.06538, section 2.1 and appendix A. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("noisy_topk", dim=4, num_experts=3, top_k=2)

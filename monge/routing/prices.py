@@ -45,7 +45,7 @@ class Prices(PricedRouter):
 
     Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> router = monge.make_router("prices", dim=4, num_experts=4, top_k=1, bias=True)
         >>> router.bias.data[0] = 1.0  # expert 0 takes all at first

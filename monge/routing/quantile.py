@@ -30,7 +30,7 @@ class Quantile(PricedRouter):
 
     Source: https://kexue.fm/archives/11619. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> router = monge.make_router("quantile", dim=4, num_experts=4, top_k=1, bias=True)
         >>> router.bias.data[0] = 1.0

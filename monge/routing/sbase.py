@@ -29,7 +29,7 @@ class SBase(Router):
 
     Source: arXiv 2202.01169, section 3. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("sbase", dim=8, num_experts=4, top_k=2, bias=True)

@@ -24,7 +24,7 @@ class Sigmoid(Router):
 
     Source: arXiv 2412.19437, eq. 13 to 15. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("sigmoid", dim=2, num_experts=3, top_k=1)

@@ -55,7 +55,7 @@ class SSR(SteppedRouter):
 
     Source: arXiv 2511.08972 v2; carried potentials are this library's. Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> router = monge.make_router("ssr", dim=8, num_experts=4, top_k=2, p=1.0)
         >>> routing = router(torch.randn(64, 8)); monge.step(router)

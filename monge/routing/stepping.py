@@ -33,7 +33,7 @@ def step(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
     Raises:
         ValueError: ``model`` has no router.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> layer = monge.MoE(8, 16, 4, 2, router="prices")
         >>> optimizer = torch.optim.AdamW(layer.parameters())
@@ -63,7 +63,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     Raises:
         ValueError: ``model`` has no router.
 
-    Example:
+    Examples:
         >>> import torch, monge
         >>> layer = monge.MoE(8, 16, 4, 2, router="switch")
         >>> _ = layer(torch.randn(5, 8))
@@ -98,7 +98,7 @@ def training_routes(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: ``model`` has no router.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.routing import make_router, training_routes
         >>> router = make_router("expert_choice", dim=8, num_experts=4, top_k=2).eval()

@@ -33,7 +33,7 @@ class Switch(SteppedRouter):
     Sources: arXiv 2101.03961, eq. 4 to 6 ("batch"); 2412.19437, eq. 17 ("sequence"); 2501.11873 ("global",
     there within the step). Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("switch", dim=4, num_experts=4, top_k=1, coefficient=0.5)

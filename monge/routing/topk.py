@@ -25,7 +25,7 @@ class TopK(Router):
 
     Source: arXiv 2401.04088, section 2.1 (Mixtral). Other arguments: ``Router``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import make_router
         >>> router = make_router("topk", dim=2, num_experts=3, top_k=2)

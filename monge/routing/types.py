@@ -25,7 +25,7 @@ class Routing:
         prices: (E,) what was subtracted from the scores to choose, or None.
         mask: (T,) True where a token is valid, or None when all are. Invalid tokens have only empty slots.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge import Routing
         >>> r = Routing(torch.tensor([[0, 1], [0, 2]]), torch.full((2, 2), 0.5), 4, torch.zeros(2, 4))

@@ -50,7 +50,7 @@ def millions(value: float | None) -> str:
 def duration(seconds: float) -> str:
     """Hours and minutes, minutes and seconds, or seconds.
 
-    Example:
+    Examples:
         >>> from monge.viz.numbers import duration
         >>> duration(59.6), duration(125), duration(7260)
         ('1 min 00 s', '2 min 05 s', '2 h 01 min')

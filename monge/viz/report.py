@@ -50,7 +50,7 @@ def write_report(out: Path) -> Path:
         ImportError: matplotlib is missing (``pip install 'monge[plot]'``).
         OSError: the folder cannot be written; no file is left half-written.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from monge.viz import write_report
         >>> write_report(Path("no-such-folder"))  # doctest: +ELLIPSIS

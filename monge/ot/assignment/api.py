@@ -74,7 +74,7 @@ def assign(
 
     Source: the minimum-cost flow of MaxScore, arXiv 2508.12801, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import assign
         >>> scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.6], [0.1, 0.3]])

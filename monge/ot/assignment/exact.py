@@ -87,7 +87,7 @@ def solve_exact(scores: np.ndarray, k: int, capacity: int, max_work: int | None 
         = E), "prices" (nothing to repair), "repair", or "fallback" where the repair had to take in all
         rows.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> solution = solve_exact(np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.6], [0.1, 0.3]]), 1, 2)
         >>> solution.indices.ravel().tolist(), solution.status, round(solution.objective, 6)

@@ -110,7 +110,7 @@ def sinkhorn(
     on purpose and the gradient of that very computation is wanted. With ``torch.compile``, implicit and none
     are one operator without graph break, as long as there is no ``group`` and no ``generator``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monge.ot import sinkhorn
         >>> scores = torch.tensor([[2.0, 0.0], [1.0, 0.0], [2.0, 1.0]])
