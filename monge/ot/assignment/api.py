@@ -89,8 +89,9 @@ def assign(
     if method == "approximate":
         answer = _approximate(scores, mask, k, capacity, factor)
     else:
-        # The operator is for the compiler; called by hand it costs as much as a small problem.
-        solve = torch.ops.monge.assign if torch.compiler.is_compiling() else solve_on_cpu
+        # The operator is for tracing; called by hand it costs as much as a small problem.
+        traced = torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor
+        solve = torch.ops.monge.assign if traced else solve_on_cpu
         answer = solve(scores, mask, k, capacity, *factor, max_work, method)
     return Assignment(*(x.reshape(batch + x.shape[1:]) for x in answer))
 
