@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import statistics
+from importlib import metadata
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_an_experiment_leaves_what_the_contract_says(make_config, tmp_path):
     assert stored.keys() == {"command", "preset", "config", "versions", "machine", "data"}
     assert (stored["command"], stored["preset"], stored["config"]["steps"]) == ("compare", "quick", 20)
     assert stored["machine"].keys() == {"cpu", "cores", "threads"}
-    assert stored["versions"]["torch"] == torch.__version__
+    assert stored["versions"]["torch"] == metadata.version("torch")
     (domain,) = stored["data"]["domains"]
     assert domain.keys() == {"name", "train_files", "val_files", "train_tokens", "val_tokens"}
     assert not set(domain["train_files"]) & set(domain["val_files"])
