@@ -6,7 +6,6 @@ Shapes: T rows, E columns, k choices per row, B instances (all leading dimension
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from monge.ot.assignment.exact import solve_exact
 from monge.ot.assignment.greedy import solve_greedy
 from monge.ot.assignment.solution import REASONS, STAGES, STATUSES, Solution
+from monge.ot.threads import run_all
 
 SOLVERS: dict[str, Callable[..., Solution]] = {"exact": solve_exact, "greedy": solve_greedy}
 _REASON_CODES = {name: code for code, name in enumerate(REASONS)}
@@ -40,21 +40,17 @@ def solve_on_cpu(
     mask = None if mask_BT is None else mask_BT.cpu().numpy()
     B, T, E = scores.shape
 
-    def solve(b: int) -> tuple[Solution, int]:
+    solved: dict[int, tuple[Solution, int]] = {}
+
+    def solve(b: int) -> None:
         rows_TE = scores[b] if mask is None else scores[b][mask[b]]
         valid = len(rows_TE)
         # No column can have more rows than there are.
         C = min(valid, -(-valid * k * numerator // (E * denominator)) if capacity is None else capacity)
-        return _solve(rows_TE, k, C, max_work, method), C
+        solved[b] = _solve(rows_TE, k, C, max_work, method), C
 
-    threads = min(B, torch.get_num_threads())
     try:
-        if threads <= 1:
-            solved = [solve(b) for b in range(B)]
-        else:
-            # A pool per call: cheap beside the solves, and nothing survives into a forked process.
-            with ThreadPoolExecutor(threads) as pool:
-                solved = list(pool.map(solve, range(B)))
+        run_all(solve, range(B))
     except _BadValues:
         raise ValueError(bad_values_message(scores_BTE, mask_BT)) from None
 
@@ -62,19 +58,21 @@ def solve_on_cpu(
         indices = solved[0][0].indices[None]
     else:
         indices = np.full((B, T, k), -1, dtype=np.int64)
-        for b, (solution, _) in enumerate(solved):
-            indices[b, slice(None) if mask is None else mask[b]] = solution.indices
+        for b in range(B):
+            indices[b, slice(None) if mask is None else mask[b]] = solved[b][0].indices
     prices = np.empty((B, E))
     loads = np.empty((B, E), dtype=np.int64)
     values = np.empty((2, B))
     report = np.empty((B, 5), dtype=np.int64)
-    for b, (s, C) in enumerate(solved):
+    for b in range(B):
+        s, C = solved[b]
         prices[b] = s.prices
         loads[b] = 0 if s.status == "infeasible" else np.bincount(s.indices.ravel(), minlength=E)
         values[:, b] = s.objective, s.upper_bound
         report[b] = STATUSES.index(s.status), STAGES.index(s.stage), _REASON_CODES[s.reason], s.work, C
     answer = (indices, prices, loads, values[0], values[1], report)
-    return tuple(torch.from_numpy(x).to(device) for x in answer)  # type: ignore[return-value]
+    tensors = tuple(torch.from_numpy(x) for x in answer)
+    return tensors if device.type == "cpu" else tuple(x.to(device) for x in tensors)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("monge::assign", mutates_args=())

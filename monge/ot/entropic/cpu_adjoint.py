@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from monge.ot.entropic.threads import run_all, split
+from monge.ot.threads import run_all, split
 
 _LANES = 8  # partial sums of a row, so that its sum vectorises in a fixed order
 _CHUNK = 512  # rows whose scaled plan one thread holds in float64 at a time

@@ -16,7 +16,7 @@ from torch import Tensor
 from monge.ot.entropic import cpu_kernels as kernels
 from monge.ot.entropic import iteration
 from monge.ot.entropic.iteration import Potentials, Stopping
-from monge.ot.entropic.threads import run_all, split
+from monge.ot.threads import run_all, split
 
 # Scores for which a sweep is long enough to share it among threads, which costs some 50 microseconds.
 _SHARE_KERNEL = 1 << 22
