@@ -38,8 +38,7 @@ class Watch(AbstractContextManager["Watch"]):
         self._layers = {name: _Layer(router, self._factors) for name, router in _named_routers(model).items()}
         if not self._layers:
             raise ValueError(
-                f"{type(model).__name__} has no router of monge to watch: build it with monge.MoE, or "
-                "replace the routers of a transformers model with monge.hf.use_router"
+                f"{type(model).__name__} has no router of monge to watch: build its layers with monge.MoE"
             )
         self._owns_writer = isinstance(tensorboard, (str, os.PathLike))
         self._writer = _open_writer(tensorboard) if self._owns_writer else tensorboard

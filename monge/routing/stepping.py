@@ -121,8 +121,5 @@ def routers_of(model: nn.Module) -> list[Router]:
     """The routers inside ``model``, at least one."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
-        raise ValueError(
-            f"{type(model).__name__} has no router of monge: build it with monge.MoE, or replace the routers "
-            "of a transformers model with monge.hf.use_router first"
-        )
+        raise ValueError(f"{type(model).__name__} has no router of monge: build its layers with monge.MoE")
     return routers
