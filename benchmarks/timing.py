@@ -23,8 +23,8 @@ def interleave(
 ) -> dict[str, float]:
     """Median seconds per call of each candidate over ``repeats`` interleaved rounds after one uncounted.
 
-    In a round a candidate runs as often as it takes to fill ``least`` seconds: a call much shorter than its
-    neighbours would otherwise be timed with the caches and the clock that they left behind.
+    In a round a candidate runs as often as it takes to fill ``least`` seconds, after one uncounted call: one
+    much shorter than its neighbours would otherwise be timed with the caches that they left behind.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -33,6 +33,8 @@ def interleave(
         shift = round_index % len(names)
         for name in names[shift:] + names[:shift]:
             call = candidates[name]
+            if calls[name] > 1:
+                call()
             start = time.perf_counter()
             for _ in range(calls[name]):
                 call()
