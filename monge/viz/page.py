@@ -34,7 +34,7 @@ ul.findings li{margin:.25rem 0}
 .scroll{overflow-x:auto;margin:.6rem 0;-webkit-overflow-scrolling:touch}
 table{border-collapse:separate;border-spacing:0;width:100%;
   font-size:.9rem;font-variant-numeric:tabular-nums;line-height:20px}
-th,td{padding:8px 11px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
+th,td{padding:8px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 thead th{font-weight:500;color:var(--muted);font-size:.8rem;
   vertical-align:bottom;white-space:normal;min-width:4rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);padding-left:0}
