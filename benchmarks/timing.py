@@ -19,30 +19,35 @@ import torch
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, least: float = 5e-3
+    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, least: float = 5e-3, warmup: float = 0.5
 ) -> dict[str, float]:
-    """Median seconds per call of each candidate over ``repeats`` interleaved rounds after one uncounted.
+    """Median seconds per call of each candidate over ``repeats`` interleaved rounds.
 
-    In a round a candidate runs as often as it takes to fill ``least`` seconds, after one uncounted call: one
-    much shorter than its neighbours would otherwise be timed with the caches that they left behind.
+    Uncounted rounds come first, for ``warmup`` seconds and at least one. In a round a candidate runs as often
+    as it takes to fill ``least`` seconds, after one uncounted call: a short one would otherwise be timed with
+    the caches that its neighbours left behind.
     """
     names = list(candidates)
+    calls = dict.fromkeys(names, 1)  # per turn, set while warming up
+
+    def turn(name: str) -> float:
+        if calls[name] > 1:
+            candidates[name]()
+        start = time.perf_counter()
+        for _ in range(calls[name]):
+            candidates[name]()
+        return (time.perf_counter() - start) / calls[name]
+
+    began = time.perf_counter()
+    while True:
+        calls = {name: max(1, round(least / turn(name))) for name in names}
+        if time.perf_counter() - began >= warmup:
+            break
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    calls = dict.fromkeys(names, 1)
-    for round_index in range(-1, repeats):
+    for round_index in range(repeats):
         shift = round_index % len(names)
         for name in names[shift:] + names[:shift]:
-            call = candidates[name]
-            if calls[name] > 1:
-                call()
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            each = (time.perf_counter() - start) / calls[name]
-            if round_index >= 0:
-                seconds[name].append(each)
-            else:
-                calls[name] = max(1, round(least / each))
+            seconds[name].append(turn(name))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
