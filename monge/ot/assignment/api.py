@@ -93,6 +93,8 @@ def assign(
         traced = torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor
         solve = torch.ops.monge.assign if traced else solve_on_cpu
         answer = solve(scores, mask, k, capacity, *factor, max_work, method)
+    if not batch:
+        return Assignment(*(x[0] for x in answer))
     return Assignment(*(x.reshape(batch + x.shape[1:]) for x in answer))
 
 
