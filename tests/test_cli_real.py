@@ -62,10 +62,17 @@ def test_a_comparison_from_start_to_report(text, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def _heed_interrupts() -> None:
+    """A process started in the background inherits an ignored SIGINT; one at a terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_is_one_sentence_and_the_same_command_goes_on(text, tmp_path):
     words = command(text, tmp_path / "out", "--routers", "prices", "--steps", "20000")
     for expected in ("[1/1] prices", "going on after step"):
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+        )
         try:
             records = tmp_path / "out" / "records.jsonl"
             known = records.stat().st_size if records.exists() else 0
