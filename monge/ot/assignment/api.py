@@ -13,11 +13,10 @@ from torch import Tensor
 
 from monge.ot.assignment.approximate import solve_approximate
 from monge.ot.assignment.certificate import certified
-from monge.ot.assignment.host import bad_values_message, solve_on_cpu
-from monge.ot.assignment.solution import REASONS, STAGES, Assignment
+from monge.ot.assignment.host import bad_values_message, capacity_of, solve_on_cpu
+from monge.ot.assignment.solution import REASON_CODES, STAGES, Assignment
 
 METHODS = ("exact", "approximate", "greedy")
-_REASON_CODES = {name: code for code, name in enumerate(REASONS)}
 
 
 def assign(
@@ -99,7 +98,7 @@ def assign(
 
 
 def capacities(valid_B: Tensor, E: int, k: int, capacity: int | None, factor: tuple[int, int]) -> Tensor:
-    """(B,) capacities in integer arithmetic; no column can have more rows than there are."""
+    """(B,) ``capacity_of`` the valid rows of every problem, without reading their number off the device."""
     if capacity is not None:
         return valid_B.clamp(max=capacity)
     numerator, denominator = factor
@@ -119,21 +118,21 @@ def _approximate(
             raise ValueError(message)
     valid_B = mask_BT.sum(-1)
     capacity_B = capacities(valid_B, E, k, capacity, factor)
-    most = min(T, -(-T * k * factor[0] // (E * factor[1])) if capacity is None else capacity)
+    most = capacity_of(T, E, k, capacity, factor)
     slack = masked or E * most > T * k
     slots_BTk, prices_BE, complete_B = solve_approximate(scores_BTE, mask_BT, k, capacity_B, most, slack)
     indices_BTk, objective_B, bound_B, optimal_B = certified(
         scores_BTE, mask_BT, slots_BTk, prices_BE, capacity_B
     )
 
-    reason_B = torch.where(optimal_B, _REASON_CODES[""], _REASON_CODES["steps"])
-    reason_B = torch.where(complete_B, reason_B, _REASON_CODES["pairs"])
+    reason_B = torch.where(optimal_B, REASON_CODES[""], REASON_CODES["steps"])
+    reason_B = torch.where(complete_B, reason_B, REASON_CODES["pairs"])
     short_BT = (scores_BTE > -torch.inf).sum(-1) < k
-    reason_B = torch.where((short_BT & mask_BT).any(-1), _REASON_CODES["row"], reason_B)
-    reason_B = torch.where(E * capacity_B < k * valid_B, _REASON_CODES["slots"], reason_B)
+    reason_B = torch.where((short_BT & mask_BT).any(-1), REASON_CODES["row"], reason_B)
+    reason_B = torch.where(E * capacity_B < k * valid_B, REASON_CODES["slots"], reason_B)
     bad_BT = (scores_BTE.isnan() | (scores_BTE == torch.inf)).any(-1)
-    reason_B = torch.where((bad_BT & mask_BT).any(-1), _REASON_CODES["values"], reason_B)
-    solved_B = reason_B <= _REASON_CODES["steps"]
+    reason_B = torch.where((bad_BT & mask_BT).any(-1), REASON_CODES["values"], reason_B)
+    solved_B = reason_B <= REASON_CODES["steps"]
     status_B = torch.where(solved_B, torch.where(optimal_B, 0, 1), 2)
     stage_B = torch.full_like(status_B, STAGES.index("approximate"))
     indices_BTk = torch.where(solved_B[:, None, None], indices_BTk, -1)

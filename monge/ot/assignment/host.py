@@ -13,11 +13,10 @@ from torch import Tensor
 
 from monge.ot.assignment.exact import solve_exact
 from monge.ot.assignment.greedy import solve_greedy
-from monge.ot.assignment.solution import REASONS, STAGES, STATUSES, Solution
+from monge.ot.assignment.solution import REASON_CODES, STAGES, STATUSES, Solution
 from monge.ot.threads import run_all
 
 SOLVERS: dict[str, Callable[..., Solution]] = {"exact": solve_exact, "greedy": solve_greedy}
-_REASON_CODES = {name: code for code, name in enumerate(REASONS)}
 
 
 def solve_on_cpu(
@@ -44,9 +43,7 @@ def solve_on_cpu(
 
     def solve(b: int) -> None:
         rows_TE = scores[b] if mask is None else scores[b][mask[b]]
-        valid = len(rows_TE)
-        # No column can have more rows than there are.
-        C = min(valid, -(-valid * k * numerator // (E * denominator)) if capacity is None else capacity)
+        C = capacity_of(len(rows_TE), E, k, capacity, (numerator, denominator))
         solved[b] = _solve(rows_TE, k, C, max_work, method), C
 
     try:
@@ -69,7 +66,7 @@ def solve_on_cpu(
         prices[b] = s.prices
         loads[b] = 0 if s.status == "infeasible" else np.bincount(s.indices.ravel(), minlength=E)
         values[:, b] = s.objective, s.upper_bound
-        report[b] = STATUSES.index(s.status), STAGES.index(s.stage), _REASON_CODES[s.reason], s.work, C
+        report[b] = STATUSES.index(s.status), STAGES.index(s.stage), REASON_CODES[s.reason], s.work, C
     answer = (indices, prices, loads, values[0], values[1], report)
     tensors = tuple(torch.from_numpy(x) for x in answer)
     return tensors if device.type == "cpu" else tuple(x.to(device) for x in tensors)  # type: ignore[return-value]
@@ -101,6 +98,12 @@ def _(scores_BTE, mask_BT, k, capacity, numerator, denominator, max_work, method
         scores_BTE.new_empty((B,), dtype=torch.float64),
         scores_BTE.new_empty((B, 5), dtype=torch.int64),
     )
+
+
+def capacity_of(rows: int, E: int, k: int, capacity: int | None, factor: tuple[int, int]) -> int:
+    """The capacity in integer arithmetic; no column can have more rows than there are."""
+    numerator, denominator = factor
+    return min(rows, -(-rows * k * numerator // (E * denominator)) if capacity is None else capacity)
 
 
 class _BadValues(Exception):

@@ -24,6 +24,7 @@ REASONS = {
     "pairs": "the forbidden pairs (-inf) leave no complete assignment: forbid fewer, or raise `capacity`",
     "values": "scores hold NaN or +inf in a valid row: clean or mask those rows",
 }
+REASON_CODES = {name: code for code, name in enumerate(REASONS)}
 
 
 @dataclass(frozen=True, slots=True)
