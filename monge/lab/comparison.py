@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from monge.lab.evaluation import evaluate
-from monge.lab.folder import open_folder, usable_cores
+from monge.lab.folder import open_folder
 from monge.lab.models import build_model, parameter_counts
 from monge.lab.observer import Observer, Silent
 from monge.lab.presets import DENSE, CompareConfig
-from monge.lab.records import Record, Records
-from monge.lab.text import find_domains
 from monge.lab.training import Run, train
-from monge.lab.writing import prepare_folder, write_json
 from monge.routing import ROUTERS
+from monge.workspace.machine import usable_cores
+from monge.workspace.records import Record, Records
+from monge.workspace.text import find_domains
+from monge.workspace.writing import prepare_folder, write_json
 
 # Two checkpoints side by side while one replaces the other: weights and two moments of AdamW, in float32.
 BYTES_PER_PARAMETER = 2 * 3 * 4
@@ -61,7 +62,7 @@ def compare(config: CompareConfig, out: Path, *, observer: Observer | None = Non
         for index, (router, seed) in enumerate(runs):
             observer.run_started(router, seed, config.steps, index, len(runs))
             checkpoint = out / "checkpoints" / f"{router}-{seed}.safetensors"
-            record = records.evaluation(router, seed)
+            record = records.first("eval", router=router, seed=seed)
             if record is None:
                 record = _run(Run(router, seed, config, corpus, records, checkpoint, observer))
             checkpoint.unlink(missing_ok=True)
@@ -77,7 +78,7 @@ def summarise(records: Records, config: CompareConfig) -> list[dict[str, Any]]:
     """One row per router, in the order of the configuration: means over the seeds of the ``eval`` records."""
     rows = []
     for router in config.routers:
-        evaluations = [records.evaluation(router, seed) for seed in range(config.seeds)]
+        evaluations = [records.first("eval", router=router, seed=seed) for seed in range(config.seeds)]
         finished = [record for record in evaluations if record is not None]
         losses = [record["val_loss"] for record in finished]
         rows.append(

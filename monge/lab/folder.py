@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from monge.lab.presets import CompareConfig
-from monge.lab.text import Domain
 from monge.lab.tokenizer import Corpus, load_corpus, load_tokenizer
-from monge.lab.writing import write_atomic, write_json
+from monge.workspace.machine import machine, versions
+from monge.workspace.text import Domain
+from monge.workspace.writing import write_atomic, write_json
 
 OWN_FILES = ("tokenizer.json", "records.jsonl", "summary.json")
-LIBRARIES = ("monge", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
 
 
 def open_folder(out: Path, config: CompareConfig, domains: Sequence[Domain]) -> Corpus:
@@ -41,13 +36,6 @@ def open_folder(out: Path, config: CompareConfig, domains: Sequence[Domain]) -> 
     if not tokenizer.exists():  # after config.json: what lies here from now on is this experiment's
         write_atomic(tokenizer, corpus.tokenizer.to_str().encode())
     return corpus
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: in a container or a batch system perhaps not all of the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_free(out: Path) -> None:
@@ -72,8 +60,8 @@ def _description(config: CompareConfig, corpus: Corpus) -> dict[str, Any]:
         "command": "compare",
         "preset": config.preset,
         "config": asdict(config),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
-        "machine": {"cpu": _cpu(), "cores": usable_cores(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "machine": machine(),
         "data": {
             "domains": corpus.domains,
             "vocab": corpus.tokenizer.get_vocab_size(),
@@ -103,19 +91,3 @@ def _check_same(out: Path, stored: dict[str, Any], config: CompareConfig) -> Non
             f"{out} holds an experiment with other settings: {changes}. Repeat its command to go on with it, "
             "or name another folder with --out."
         )
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "not installed"
-
-
-def _cpu() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

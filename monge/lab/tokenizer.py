@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from monge.lab.presets import CompareConfig
-from monge.lab.text import Domain, Span, read_sample
+from monge.workspace.text import Domain, Span, read_sample
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

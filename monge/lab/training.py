@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from monge.lab.checkpoints import load_checkpoint, save_checkpoint
 from monge.lab.evaluation import mean_loss
 from monge.lab.loads import LoadCounter, max_violation
 from monge.lab.models import moe_layers
 from monge.lab.observer import Observer
 from monge.lab.optimisation import batch_of, learning_rate, make_optimizer
 from monge.lab.presets import CompareConfig
-from monge.lab.records import Records
 from monge.lab.tokenizer import Corpus
 from monge.routing import aux_loss
 from monge.routing import step as advance
+from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
+from monge.workspace.records import Records
 
 QUICK_VALIDATION = 16  # losses along the way use this fraction of the validation windows
 
@@ -87,7 +87,9 @@ def train(model: nn.Module, run: Run) -> History:
     if run.checkpoint.exists():
         history = History.of(load_checkpoint(run.checkpoint, model, optimizer))
         run.observer.message(f"{run.router}, seed {run.seed}: going on after step {len(history.loss)}")
-    run.records.rewind(run.router, run.seed, len(history.loss))
+    here = {"router": run.router, "seed": run.seed}.items()
+    # what came after the checkpoint will happen again
+    run.records.keep(lambda row: not here <= row.items() or row["step"] <= len(history.loss))
     model.train()
     for step in range(len(history.loss), config.steps):
         loads_LE = _step(model, optimizer, run, step, history)

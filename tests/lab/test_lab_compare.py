@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from monge.lab import compare
-from monge.lab.text import INSTALL
+from monge.workspace.text import INSTALL
 
 RUN = {"kind", "router", "seed", "step"}
 ROUTING = {"val_loss_own", "train_max_violation", "max_violation", "dead_experts", "leak", "ms_route"}

@@ -13,9 +13,9 @@ from monge.lab.evaluation import evaluate, mean_loss
 from monge.lab.leak import leak_of
 from monge.lab.loads import LoadCounter, max_violation
 from monge.lab.models import build_model, moe_layers
-from monge.lab.text import INSTALL, PACKAGES, find_domains
 from monge.lab.tokenizer import load_corpus
 from monge.routing import ROUTERS
+from monge.workspace.text import INSTALL, PACKAGES, find_domains
 
 NO_TEXT = any(importlib.util.find_spec(name) is None for name in PACKAGES)
 

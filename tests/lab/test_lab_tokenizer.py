@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monge.lab.text import find_domains
 from monge.lab.tokenizer import END_OF_TEXT, load_corpus, load_tokenizer, train_tokenizer
+from monge.workspace.text import find_domains
 
 TEXTS = ["the quiet river runs over the stone, " * 50, "every hill is warm under the sun. " * 50]
 

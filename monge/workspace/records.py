@@ -1,21 +1,22 @@
 """records.jsonl: one JSON object a line, appended as it happens, valid after any interruption.
 
-Every record has ``kind``, ``router`` and ``seed``, which name its run, and ``step``.
+Every record has a ``kind``; what else it holds is its command's business.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from monge.lab.writing import append_line, write_atomic
+from monge.workspace.writing import append_line, write_atomic
 
 Record = dict[str, Any]
 
 
 class Records:
-    """The records of an experiment, in memory and on disk.
+    """The records of a command's output folder, in memory and on disk.
 
     Opening drops what a killed process left after the last whole line.
 
@@ -51,17 +52,14 @@ class Records:
         append_line(self.path, json.dumps(record, allow_nan=False))
         self.rows.append(record)
 
-    def evaluation(self, router: str, seed: int) -> Record | None:
-        """The run's final record, or None while it is unfinished."""
-        return next((row for row in self.rows if _run(row) == (router, seed) and row["kind"] == "eval"), None)
+    def first(self, kind: str, **fields: Any) -> Record | None:
+        """The first record of that kind whose fields have those values, or None."""
+        wanted = {"kind": kind, **fields}
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
 
-    def rewind(self, router: str, seed: int, step: int) -> None:
-        """Drop what the unfinished run recorded after `step`, its checkpoint: that will happen again."""
-        kept = [row for row in self.rows if _run(row) != (router, seed) or row["step"] <= step]
+    def keep(self, wanted: Callable[[Record], bool]) -> None:
+        """Drop every other record, on disk too: what an interrupted run wrote after its last checkpoint."""
+        kept = [row for row in self.rows if wanted(row)]
         if len(kept) < len(self.rows):
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
             self.rows = kept
-
-
-def _run(row: Record) -> tuple[str, int]:
-    return row["router"], row["seed"]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from monge.lab.text import INSTALL, PACKAGES, Span, find_domains, read_sample
+from monge.workspace.text import INSTALL, PACKAGES, Span, find_domains, read_sample
 
 installed = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in PACKAGES), reason=f"needs `{INSTALL}`"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from monge.lab.writing import write_atomic
+from monge.workspace.writing import write_atomic
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, history: dict[str, Tensor]) -> None:

@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from monge.lab.records import Records
-from monge.lab.writing import append_line, prepare_folder, write_atomic
+from monge.workspace.records import Records
+from monge.workspace.writing import append_line, prepare_folder, write_atomic
 
 
 def _full(*args):
@@ -91,7 +91,7 @@ def test_records_drop_what_follows_the_last_whole_line(tmp_path, torn):
     assert path.read_bytes() == whole
 
 
-def test_rewind_drops_the_later_records_of_one_run_only(tmp_path):
+def test_keep_drops_every_other_record_on_disk_too(tmp_path):
     path = tmp_path / "records.jsonl"
     records = Records(path)
     rows = [
@@ -102,7 +102,9 @@ def test_rewind_drops_the_later_records_of_one_run_only(tmp_path):
     ]
     for row in rows:
         records.append(row)
-    records.rewind("ssr", 1, 5)
+    records.keep(lambda row: (row["router"], row["seed"]) != ("ssr", 1) or row["step"] <= 5)
+    assert records.first("train", router="ssr", seed=1)["step"] == 5
+    assert records.first("eval") is None
     expected = [row for row in rows if row != {"kind": "train", "router": "ssr", "seed": 1, "step": 10}]
     assert records.rows == expected == [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -1,0 +1,46 @@
+"""What a result depends on beside its settings: the versions of the libraries, the processor, the threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("monge", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries, as `config.json` stores them."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name, the cores this process may use and the threads it does use."""
+    return {"cpu": _cpu(), "cores": usable_cores(), "threads": torch.get_num_threads()}
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: in a container or a batch system perhaps not all of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "not installed"
+
+
+def _cpu() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
