@@ -32,14 +32,14 @@ class ConvertConfig:
     experts: int = 32
     """Expert-sized groups that the neurons of an FFN are divided into, the shared ones included."""
     ffn_active: float = 0.5
-    """Share of the FFN's neurons that a token uses, shared experts included (not the share of all parameters)."""
+    """Share of the FFN's neurons that a token uses, shared experts included (not of all parameters)."""
     shared: float = 0.5
     """Share of the active experts that every token uses; 0 routes them all."""
     layers: tuple[int, ...] = ()
     """Layers to convert, counted from 0; none means all."""
 
     router: str = "ridge"
-    """Fit of the router: ridge (closed form), trained (four-term loss, all layers) or analytic (the method's)."""
+    """Fit of the router: ridge (closed form), trained (four-term loss) or analytic (the method's own)."""
     refit: bool = True
     """Refit the output projection of each layer by ridge regression after its neurons are divided."""
     gates: str = "standard"

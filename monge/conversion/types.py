@@ -24,9 +24,9 @@ DROPPED = -2
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """A dense FFN, ``y = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd``; without a gate ``act(x Wu^T + bu) Wd^T + bd``.
+    """A dense FFN, ``y = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd``.
 
-    All tensors share one dtype and device. ``activation`` is a name of `monge.moe.activations.ACTIVATIONS`.
+    Without a gate ``y = act(x Wu^T + bu) Wd^T + bd``. All tensors share one dtype and device. ``activation`` is a name of `monge.moe.activations.ACTIVATIONS`.
     """
 
     activation: str
@@ -60,14 +60,14 @@ class FFNWeights:
         picked = {name: value[neurons] for name in rows if (value := getattr(self, name)) is not None}
         return replace(self, **picked, down_HF=self.down_HF[:, neurons])
 
-    def to(self, *args: torch.dtype | torch.device) -> FFNWeights:
-        """Every tensor through ``Tensor.to(*args)``."""
-        moved = {f.name: v.to(*args) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+    def to(self, place: torch.dtype | torch.device) -> FFNWeights:
+        """Every tensor through ``Tensor.to(place)``."""
+        moved = {f.name: v.to(place) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 
 
 class FFN(Protocol):
-    """One feed-forward network of a model, wherever its projections sit (`monge.conversion.ffn.find_ffns`)."""
+    """One feed-forward network of a model, wherever its projections sit (`monge.conversion.ffn`)."""
 
     name: str
     """Path of the module in the model, for messages and records."""
