@@ -1,7 +1,7 @@
-"""Text for the lab: named files or the installed data packages, split into training and validation by file.
+"""Text: the files of globs or of the installed data packages, whole or split into training and validation.
 
-Each glob or package is a domain. Files are read only as far as the token budget needs. Nothing is downloaded
-and no data package is imported: its folder is found and its files are read.
+Each glob or package is one kind of text. Files are read only as far as the token budget needs. Nothing is
+downloaded and no data package is imported: its folder is found and its files are read.
 """
 
 from __future__ import annotations
@@ -47,19 +47,20 @@ class Domain:
     note: str = ""
 
 
-def find_domains(globs: Sequence[str] = ()) -> list[Domain]:
-    """The domains of `globs`, or of the default packages, each split into training and validation files.
+def find_files(
+    globs: Sequence[str] = (), packages: Sequence[str] = tuple(PACKAGES)
+) -> list[tuple[str, list[Span]]]:
+    """Of each glob, or without globs of each package: its name and its whole files, in the order of names.
 
-    Every tenth file (at least one) in the order of names is validation; the last tenth of a single file is. A
-    file matched by several globs belongs to the first.
+    Empty files are left out. A file matched by several globs belongs to the first.
 
     Raises:
-        ValueError: a glob matches no file with text, or a default package is missing; the remedy is named.
+        ValueError: a glob matches no file with text, or a package is missing; the remedy is named.
     """
-    found = [(pattern, _matches(pattern)) for pattern in globs] or _installed()
+    matched = [(pattern, _matches(pattern)) for pattern in globs] or _installed(packages)
     seen: set[Path] = set()
-    domains = []
-    for name, (root, paths) in found:
+    found = []
+    for name, (root, paths) in matched:
         spans = []
         for path in paths:
             real = path.resolve()
@@ -69,8 +70,20 @@ def find_domains(globs: Sequence[str] = ()) -> list[Domain]:
         spans = [span for span in spans if span.size]
         if not spans:
             raise ValueError(f"every file of text {name!r} is empty or named by an earlier glob. {_remedy()}")
-        domains.append(_split(name, spans))
-    return domains
+        found.append((name, spans))
+    return found
+
+
+def find_domains(globs: Sequence[str] = ()) -> list[Domain]:
+    """The domains of `globs`, or of the default packages, each split into training and validation files.
+
+    Every tenth file (at least one) in the order of names is validation; the last tenth of a single file is. A
+    file matched by several globs belongs to the first.
+
+    Raises:
+        ValueError: as `find_files`.
+    """
+    return [_split(name, spans) for name, spans in find_files(globs)]
 
 
 def read_sample(spans: Sequence[Span], size: int) -> list[str]:
@@ -85,6 +98,34 @@ def read_sample(spans: Sequence[Span], size: int) -> list[str]:
     return [text for span in spans if (text := _excerpt(span, max(1, round(span.size * share))))]
 
 
+def read_span(span: Span) -> str:
+    """The text of a span. Characters that its bounds cut are left out.
+
+    Raises:
+        ValueError: the file cannot be read or is not UTF-8 text.
+    """
+    try:
+        with span.path.open("rb") as file:
+            file.seek(span.start)
+            data = file.read(span.size)
+    except OSError as error:
+        raise ValueError(f"cannot read {span.path}: {error.strerror}. {_remedy()}") from error
+    if span.start:  # begin on a character: at most three continuation bytes of one that was cut
+        head = data[:3].lstrip(bytes(range(0x80, 0xC0)))
+        data = head + data[3:]
+    try:
+        # This decoder leaves out an unfinished last character.
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{span.path} is not UTF-8 text (byte {span.start + error.start}: {error.reason}). "
+            f"Convert it, for example with `iconv -t utf-8`. {_remedy()}"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{span.path} holds NUL bytes: it is not a text file. {_remedy()}")
+    return text.removeprefix("\ufeff")
+
+
 def _matches(pattern: str) -> tuple[Path, list[Path]]:
     """The folder before the first wildcard, and the files that match, by name."""
     matches = sorted(Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True))
@@ -96,10 +137,11 @@ def _matches(pattern: str) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _installed() -> list[tuple[str, tuple[Path, list[Path]]]]:
-    """The default packages' folders and files, found without importing them."""
+def _installed(packages: Sequence[str]) -> list[tuple[str, tuple[Path, list[Path]]]]:
+    """The packages' folders and files, found without importing them."""
     found = []
-    for name, pattern in PACKAGES.items():
+    for name in packages:
+        pattern = PACKAGES[name]
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"the data package {name!r} is not installed. {_remedy()}")
@@ -131,26 +173,7 @@ def _excerpt(span: Span, size: int) -> str:
     slack = span.size - size
     digest = hashlib.sha256(span.name.encode()).digest()
     start = span.start + (int.from_bytes(digest[:8], "big") % (slack + 1) if slack > 0 else 0)
-    try:
-        with span.path.open("rb") as file:
-            file.seek(start)
-            data = file.read(min(size, span.stop - start))
-    except OSError as error:
-        raise ValueError(f"cannot read {span.path}: {error.strerror}. {_remedy()}") from error
-    if start:  # begin on a character: at most three continuation bytes of one that was cut
-        head = data[:3].lstrip(bytes(range(0x80, 0xC0)))
-        data = head + data[3:]
-    try:
-        # This decoder leaves out an unfinished last character.
-        text = codecs.getincrementaldecoder("utf-8")().decode(data)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{span.path} is not UTF-8 text (byte {start + error.start}: {error.reason}). "
-            f"Convert it, for example with `iconv -t utf-8`. {_remedy()}"
-        ) from error
-    if "\0" in text:
-        raise ValueError(f"{span.path} holds NUL bytes: it is not a text file. {_remedy()}")
-    return text.removeprefix("\ufeff")
+    return read_span(Span(span.path, span.name, start, min(start + size, span.stop)))
 
 
 def _remedy() -> str:
