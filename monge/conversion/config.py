@@ -56,6 +56,11 @@ class ConvertConfig:
     eval_tokens: int = 4_096
     """Tokens of the held-out evaluation in the report."""
 
+    start: str = ""
+    """For method dot: the method whose partition it starts from, such as ot_lloyd; empty for none."""
+    align_steps: int = 300
+    """Steps of the joint training of method dot, or of routers where router is trained."""
+
     minutes: float = 0.0
     """Budget of fine-tuning in minutes, turned into a number of steps before the first; 0 leaves it out."""
     trainable: str = "all"
@@ -76,7 +81,7 @@ class ConvertConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("experts", "tokens", "length", "eval_tokens", "rank", "batch", "threads"):
+        for name in ("experts", "tokens", "length", "eval_tokens", "align_steps", "rank", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.ffn_active <= 1:
@@ -85,6 +90,17 @@ class ConvertConfig:
             raise ValueError(f"shared must be a share in [0, 1), got {self.shared}")
         if self.minutes < 0 or not 0 < self.rate < 1:
             raise ValueError(f"minutes must be >= 0 and rate in (0, 1), got {self.minutes} and {self.rate}")
+
+    def layers_of(self, count: int) -> list[int]:
+        """The layers to convert of a model that has ``count``.
+
+        Raises:
+            ValueError: a layer that the model does not have.
+        """
+        strange = [layer for layer in self.layers if not 0 <= layer < count]
+        if strange:
+            raise ValueError(f"layers names {strange}, but the model has layers 0 to {count - 1}")
+        return sorted(set(self.layers)) if self.layers else list(range(count))
 
     def shape_for(self, neurons: int) -> ExpertShape:
         """How an FFN of ``neurons`` is divided.

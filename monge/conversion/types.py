@@ -58,25 +58,33 @@ class FFNWeights:
         """The same FFN with only the neurons at ``neurons`` (int64 indices), in that order."""
         rows = ("up_FH", "gate_FH", "gate_bias_F", "up_bias_F")
         picked = {name: value[neurons] for name in rows if (value := getattr(self, name)) is not None}
-        return replace(self, **picked, down_HF=self.down_HF[:, neurons])
+        picked["down_HF"] = self.down_HF[:, neurons]
+        return replace(self, **picked)  # type: ignore[arg-type]
 
     def to(self, place: torch.dtype | torch.device) -> FFNWeights:
         """Every tensor through ``Tensor.to(place)``."""
         moved = {f.name: v.to(place) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 class FFN(Protocol):
     """One feed-forward network of a model, wherever its projections sit (`monge.conversion.ffn`)."""
 
-    name: str
-    """Path of the module in the model, for messages and records."""
-    layer: int
-    """Index of the layer that holds it."""
-    input_module: nn.Module
-    """Its forward takes x (..., H) as first argument."""
-    output_module: nn.Module
-    """Its forward returns y (..., H); the same module as ``input_module`` for gated FFNs."""
+    @property
+    def name(self) -> str:
+        """Path of the module in the model, for messages and records."""
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer that holds it."""
+
+    @property
+    def input_module(self) -> nn.Module:
+        """Its forward takes x (..., H) as first argument."""
+
+    @property
+    def output_module(self) -> nn.Module:
+        """Its forward returns y (..., H); the same module as ``input_module`` for gated FFNs."""
 
     def read(self) -> FFNWeights:
         """A copy of the dense weights, float32."""

@@ -70,11 +70,21 @@ def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, x, 0)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     # silu(gate) * up: Llama, Mixtral, Qwen, DeepSeek
     "swiglu": Activation(True, F.silu, torch.ops.aten.silu_backward),
     # tanh-approximated gelu(gate) * up: Gemma
     "geglu": Activation(True, _gelu_tanh, _gelu_tanh_backward),
+    # exact (erf) gelu(gate) * up
+    "geglu_exact": Activation(True, F.gelu, torch.ops.aten.gelu_backward),
     # exact (erf) gelu, no gate: BERT, ViT
     "gelu": Activation(False, F.gelu, torch.ops.aten.gelu_backward),
+    # tanh-approximated gelu, no gate: GPT-2
+    "gelu_tanh": Activation(False, _gelu_tanh, _gelu_tanh_backward),
+    # relu, no gate: OPT, T5; its derivative at 0 is 0
+    "relu": Activation(False, F.relu, _relu_backward),
 }

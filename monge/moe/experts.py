@@ -15,17 +15,21 @@ INIT_STD = 0.02  # transformers' initializer_range
 
 
 class Experts(nn.Module):
-    """E feed-forward networks without biases: ``expert_e(x) = act(x A_e^T) D_e^T``.
+    """E feed-forward networks: ``expert_e(x) = act(x A_e^T + a_e) D_e^T``; a is there if ``bias``.
 
     Weights (names and layout of transformers' experts, so that state dicts interchange):
         gate_up_proj: (E, 2I, H), for the gated activations: ``act = f(gate) * up``, gate rows first.
-        up_proj: (E, I, H) instead, for the ungated ``gelu``.
+        up_proj: (E, I, H) instead, for the ungated ones.
         down_proj: (E, H, I).
+        gate_up_proj_bias: (E, 2I), or up_proj_bias (E, I), if ``bias``. A bias of the output would be the
+            same for every expert of a dense layer that was divided: it is `MoE.bias`.
 
     Args:
         dim: H. hidden: I. num_experts: E.
-        activation: "swiglu" (SiLU gate), "geglu" (gate by GELU in its tanh approximation, as Gemma) or "gelu"
-            (exact GELU, no gate, as BERT and ViT).
+        activation: a name in `monge.moe.activations.ACTIVATIONS`. Gated: "swiglu" (SiLU), "geglu" (GELU in
+            its tanh approximation, as Gemma), "geglu_exact". No gate: "gelu" (exact, as BERT and ViT),
+            "gelu_tanh" (as GPT-2), "relu".
+        bias: add a bias to the input projection; it starts at zero.
         compute: a name in `monge.moe.compute.PATHS`, or "auto", a fixed table.
 
     Memory: a forward that will be differentiated saves, of its activations,
@@ -45,6 +49,7 @@ class Experts(nn.Module):
         num_experts: int,
         *,
         activation: str = "swiglu",
+        bias: bool = False,
         compute: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -65,12 +70,19 @@ class Experts(nn.Module):
         for name, shape in shapes.items():
             weight = torch.empty((num_experts, *shape), device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight))
+        self.bias_name = f"{self.input_name}_bias" if bias else None
+        if self.bias_name:
+            zeros = torch.empty((num_experts, act.width(hidden)), device=device, dtype=dtype)
+            self.register_parameter(self.bias_name, nn.Parameter(zeros))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every weight from N(0, 0.02^2)."""
-        for weight in self.parameters():
-            nn.init.normal_(weight, std=INIT_STD)
+        """Draw every weight from N(0, 0.02^2); biases start at zero."""
+        for name, weight in self.named_parameters():
+            if name == self.bias_name:
+                nn.init.zeros_(weight)
+            else:
+                nn.init.normal_(weight, std=INIT_STD)
 
     def forward(self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """(T, H): ``out_t = sum_k weights_tk * expert_{indices_tk}(hidden_t)``; empty slots (-1) add nothing.
@@ -83,10 +95,12 @@ class Experts(nn.Module):
         """
         proj_in: Tensor = getattr(self, self.input_name)
         proj_out: Tensor = self.down_proj
+        bias: Tensor | None = getattr(self, self.bias_name) if self.bias_name else None
         device = hidden_TH.device
         if torch.is_autocast_enabled(device.type) and hidden_TH.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
             hidden_TH, proj_in, proj_out = hidden_TH.to(dtype), proj_in.to(dtype), proj_out.to(dtype)
+            bias = bias.to(dtype) if bias is not None else None
         if hidden_TH.dtype != proj_in.dtype:
             raise TypeError(
                 f"hidden states are {hidden_TH.dtype} and the experts {proj_in.dtype}: convert one of them "
@@ -95,7 +109,7 @@ class Experts(nn.Module):
         name = self.compute
         if name == "auto":
             name = choose_path(indices_TK.numel(), self.dim, hidden_TH.dtype, device)
-        return PATHS[name](hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation)
+        return PATHS[name](hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias)
 
     def extra_repr(self) -> str:
         return (
@@ -105,10 +119,10 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """One dense feed-forward network that every token takes, ungated: ``act(x A^T) D^T``.
+    """One dense feed-forward network that every token takes, with gate 1: ``act(x A^T + a) D^T``.
 
     Weights as in transformers' GraniteMoeShared: ``input_linear.weight`` (2S, H), or (S, H) for the ungated
-    ``gelu``, gate rows first, and ``output_linear.weight`` (H, S).
+    activations, gate rows first, and ``output_linear.weight`` (H, S). ``input_linear.bias`` if ``bias``.
     """
 
     def __init__(
@@ -117,16 +131,19 @@ class SharedExpert(nn.Module):
         hidden: int,
         *,
         activation: str = "swiglu",
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
         width = ACTIVATIONS[activation].width(hidden)
-        self.input_linear = nn.Linear(dim, width, bias=False, device=device, dtype=dtype)
+        self.input_linear = nn.Linear(dim, width, bias=bias, device=device, dtype=dtype)
         self.output_linear = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
         for linear in (self.input_linear, self.output_linear):
             nn.init.normal_(linear.weight, std=INIT_STD)
+        if bias:
+            nn.init.zeros_(self.input_linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""

@@ -21,7 +21,7 @@ from monge.routing import Router, Routing, make_router
 class MoE(nn.Module):
     """A feed-forward layer of E experts of which every token takes ``top_k``.
 
-    ``y_t = sum_k w_tk expert_{i_tk}(x_t) + shared(x_t)``, with indices i and gates w from the router.
+    ``y_t = sum_k w_tk expert_{i_tk}(x_t) + shared(x_t) + bias``, with indices i and gates w from the router.
 
     Dropless by default. With ``capacity_factor`` cf an expert takes at most C = ceil(cf T_valid top_k / E)
     slots, those of largest gate (ties: the earlier token); a dropped slot contributes zero and the other
@@ -29,8 +29,8 @@ class MoE(nn.Module):
 
     Sub-modules: ``router`` (``weight`` (E, H)), ``experts`` (`Experts`: ``gate_up_proj`` (E, 2I, H),
     ``down_proj`` (E, H, I)) and, if asked for, ``shared`` (`SharedExpert`): transformers' layout, so state
-    dicts interchange. Weights start as N(0, 0.02^2), as in transformers. Memory saved for the backward: see
-    `Experts`.
+    dicts interchange. Weights start as N(0, 0.02^2), biases at zero, as in transformers. Memory saved for the
+    backward: see `Experts`.
 
     Args:
         dim: H, the width of the model.
@@ -39,8 +39,11 @@ class MoE(nn.Module):
         top_k: experts per token.
         router: a name in `monge.routing.ROUTERS`, or a router.
         router_options: keyword arguments of `monge.make_router` (``layer``, ``seed`` and the method's own).
-        activation: "swiglu" (SiLU gate), "geglu" (tanh-GELU gate) or "gelu" (exact, ungated).
+        activation: "swiglu" (SiLU gate), "geglu" (tanh-GELU gate), "geglu_exact", or without a gate "gelu"
+            (exact), "gelu_tanh" or "relu".
         shared_hidden: S, the width of the shared expert; 0 for none.
+        bias: a bias of every expert's input projection, the shared one's too, and one of the output, (H,),
+            which is added once to every valid token, whatever its experts and gates.
         capacity_factor: None (dropless) or cf > 0.
         compute: "auto", "loop", "sorted" or "grouped_mm": equal results, different speed.
         device: of the weights.
@@ -72,6 +75,7 @@ class MoE(nn.Module):
         router_options: Mapping[str, Any] | None = None,
         activation: str = "swiglu",
         shared_hidden: int = 0,
+        bias: bool = False,
         capacity_factor: float | None = None,
         compute: str = "auto",
         device: torch.device | str | None = None,
@@ -91,12 +95,10 @@ class MoE(nn.Module):
         else:
             options = {"device": device, "dtype": dtype, **(router_options or {})}
             self.router = make_router(router, dim=dim, num_experts=num_experts, top_k=top_k, **options)
-        self.experts = Experts(
-            dim, hidden, num_experts, activation=activation, compute=compute, device=device, dtype=dtype
-        )
-        self.shared: SharedExpert | None = None
-        if shared_hidden:
-            self.shared = SharedExpert(dim, shared_hidden, activation=activation, device=device, dtype=dtype)
+        common: dict[str, Any] = {"activation": activation, "bias": bias, "device": device, "dtype": dtype}
+        self.experts = Experts(dim, hidden, num_experts, compute=compute, **common)
+        self.shared = SharedExpert(dim, shared_hidden, **common) if shared_hidden else None
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if bias else None
 
     def _check_router(self, router: Router, options: Mapping[str, Any] | None) -> Router:
         if options:
@@ -130,7 +132,8 @@ class MoE(nn.Module):
             hidden = hidden[None]
         if mask is not None:
             # padding may hold NaN: zeros keep it out of the output and of the weights' gradient
-            hidden = hidden.masked_fill(~self._check_mask(mask, hidden)[..., None], 0)
+            mask = self._check_mask(mask, hidden)
+            hidden = hidden.masked_fill(~mask[..., None], 0)
         routing = self.router(hidden, mask, token_ids)
         if self.capacity_factor is not None:
             routing = apply_capacity(routing, self._capacity(routing))
@@ -138,6 +141,10 @@ class MoE(nn.Module):
         out_TH = self.experts(hidden_TH, routing.indices, routing.weights)
         if self.shared is not None:
             out_TH = out_TH + self.shared(hidden_TH)
+        if self.bias is not None:
+            out_TH = out_TH + self.bias.to(out_TH.dtype)
+            if mask is not None:  # with biases a hidden state of zero has an output
+                out_TH = out_TH.masked_fill(~mask.reshape(-1, 1), 0)
         return out_TH.reshape(shape)
 
     def _check_mask(self, mask: Tensor, hidden: Tensor) -> Tensor:

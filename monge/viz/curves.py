@@ -5,17 +5,11 @@ Shapes: S seeds, N recorded steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from monge.viz.lines import Curves, bands, cut_points, draw_lines, frame, smooth
 from monge.viz.records import DENSE, Comparison
 from monge.viz.style import Drawing, colour, dashes, dress, label_ends, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # router: (N,) steps and (S, N) values
 
 
 def draw_losses(comparison: Comparison, *, wide: bool) -> Drawing | None:
@@ -32,20 +26,20 @@ def draw_losses(comparison: Comparison, *, wide: bool) -> Drawing | None:
     points_high = 72 * (height / (1 if wide else panels) - 0.9)
 
     ax = axes[0]
-    smooth = {name: (steps, _smooth(values)) for name, (steps, values) in curves.items()}
-    _lines(ax, smooth)
+    smoothed = {name: (steps, smooth(values)) for name, (steps, values) in curves.items()}
+    draw_lines(ax, smoothed)
     dress(ax, title="Training loss", xlabel="optimizer step", ylabel="nats per token")
-    ax.set_ylim(*_frame(smooth))
-    label_ends(ax, [(v.mean(0)[-1], name) for name, (_, v) in smooth.items()], points_high=points_high)
+    ax.set_ylim(*frame(smoothed))
+    label_ends(ax, [(v.mean(0)[-1], name) for name, (_, v) in smoothed.items()], points_high=points_high)
     if reference and relative:
         ax = axes[1]
         ax.axhline(0, color=colour(reference), linewidth=1.4, linestyle=dashes(reference))
-        _lines(ax, relative, marker="o")
+        draw_lines(ax, relative, marker="o")
         dress(ax, title=f"Validation loss minus {reference}'s", xlabel="optimizer step")
         ends = [(v.mean(0)[-1], name) for name, (_, v) in relative.items()]
         label_ends(ax, [*ends, (0.0, reference)], points_high=points_high)
-    caption = f"Loss during training, a moving mean over a tenth of the run ({_bands(smooth)}"
-    caption += "; the first steps lie above the frame)" if _cut(smooth) else ")"
+    caption = f"Loss during training, a moving mean over a tenth of the run ({bands(smoothed)}"
+    caption += "; the first steps lie above the frame)" if cut_points(smoothed) else ")"
     if relative:
         caption += f", and the difference to {reference}, taken seed by seed on part of the validation set"
     return Drawing(figure, f"{caption}.")
@@ -60,15 +54,16 @@ def draw_violation(comparison: Comparison, *, wide: bool) -> Drawing | None:
     width, height = (7.6, 2.7) if wide else (3.6, 2.5)
     figure = new_figure(width, height)
     ax = figure.subplots()
-    smooth = {name: (steps, _smooth(values)) for name, (steps, values) in curves.items()}
-    _lines(ax, smooth)
+    smoothed = {name: (steps, smooth(values)) for name, (steps, values) in curves.items()}
+    draw_lines(ax, smoothed)
     title = "Largest load / mean load - 1"
     dress(ax, title=f"Imbalance in training: {title.lower()}" if wide else title, xlabel="optimizer step")
-    top = max(np.quantile(v, 0.98) for _, v in smooth.values())
+    top = max(np.quantile(v, 0.98) for _, v in smoothed.values())
     ax.set_ylim(-0.03 * max(top, 0.1), 1.08 * max(top, 0.1))
-    label_ends(ax, [(v.mean(0)[-1], n) for n, (_, v) in smooth.items()], points_high=72 * (height - 0.8))
+    label_ends(ax, [(v.mean(0)[-1], n) for n, (_, v) in smoothed.items()], points_high=72 * (height - 0.8))
     return Drawing(
-        figure, f"How far the busiest expert exceeds its share in training, a moving mean ({_bands(smooth)})."
+        figure,
+        f"How far the busiest expert exceeds its share in training, a moving mean ({bands(smoothed)}).",
     )
 
 
@@ -94,53 +89,3 @@ def _relative(comparison: Comparison, reference: str) -> Curves:
         if name not in (reference, DENSE) and seeds and len(common) > 1:
             relative[name] = (common, values_SN[:seeds, at] - base_SN[:seeds, base_at])
     return relative
-
-
-def _lines(ax: Axes, curves: Curves, marker: str | None = None) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for name, (steps, values_SN) in curves.items():
-        mean = values_SN.mean(0)
-        ax.plot(
-            steps,
-            mean,
-            color=colour(name),
-            linestyle=dashes(name),
-            linewidth=1.5,
-            marker=marker,
-            markersize=2.6,
-        )
-        if len(values_SN) > 1:
-            spread = values_SN.std(0, ddof=1)
-            ax.fill_between(steps, mean - spread, mean + spread, color=colour(name), alpha=0.13, linewidth=0)
-    last = max(steps[-1] for steps, _ in curves.values())
-    ax.set_xlim(min(steps[0] for steps, _ in curves.values()), last)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-
-
-def _smooth(values_SN: np.ndarray) -> np.ndarray:
-    """Centred mean over about a tenth of the points; at both ends, over those of them that exist."""
-    points = values_SN.shape[1]
-    half = (points + 10) // 20
-    sums = np.concatenate([np.zeros((len(values_SN), 1)), values_SN.cumsum(1)], axis=1)
-    at = np.arange(points)
-    first, stop = np.maximum(at - half, 0), np.minimum(at + half + 1, points)
-    return (sums[:, stop] - sums[:, first]) / (stop - first)
-
-
-def _frame(curves: Curves) -> tuple[float, float]:
-    """Limits that leave out the fall of the first steps, which would flatten everything that follows."""
-    low = min(values.min() for _, values in curves.values())
-    high = max(values[:, _cut(curves) :].max() for _, values in curves.values())
-    margin = 0.05 * (high - low) or 0.1
-    return low - margin, high + margin
-
-
-def _cut(curves: Curves) -> int:
-    """How many of the first points the frame need not hold."""
-    return min(len(steps) for steps, _ in curves.values()) // 8
-
-
-def _bands(curves: Curves) -> str:
-    several = any(len(values_SN) > 1 for _, values_SN in curves.values())
-    return "bands: one standard deviation over seeds" if several else "one seed, hence no band"

@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import math
 
+from monge.viz import spread
 from monge.viz.columns import Row
 from monge.viz.numbers import enumeration, loss, milliseconds, percent
 from monge.viz.records import DENSE, Comparison
-
-# Two-sided 1 % points of Student's t by degrees of freedom; between two entries the larger one is used.
-_T_1PERCENT = {
-    1: 63.66, 2: 9.92, 3: 5.84, 4: 4.60, 5: 4.03, 6: 3.71, 7: 3.50, 8: 3.36, 10: 3.17, 12: 3.05, 15: 2.95,
-    20: 2.85, 30: 2.75, 60: 2.66,
-}  # fmt: skip
 
 DEMONSTRATION = "A demonstration, no ranking."
 
@@ -65,13 +60,11 @@ def findings(comparison: Comparison) -> list[str]:
 
 def separated(a: Row, b: Row, rows: list[Row]) -> bool:
     """Whether the losses of two routers differ by more than the spread over seeds explains (see above)."""
-    freedom = sum(row["seeds"] - 1 for row in rows)
-    if min(a["seeds"], b["seeds"]) < 2 or freedom < 1:
-        return False
-    squares = sum((row["seeds"] - 1) * (row.get("val_loss_std") or 0.0) ** 2 for row in rows)
-    error = math.sqrt(squares / freedom * (1 / a["seeds"] + 1 / b["seeds"]))
-    critical = _T_1PERCENT[max(key for key in _T_1PERCENT if key <= freedom)]
-    return abs(a["val_loss_mean"] - b["val_loss_mean"]) > critical * error
+    return spread.separated(_sample(a), _sample(b), [_sample(row) for row in rows])
+
+
+def _sample(row: Row) -> spread.Sample:
+    return spread.Sample(row["val_loss_mean"], row.get("val_loss_std"), int(row["seeds"]))
 
 
 def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:

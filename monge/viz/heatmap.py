@@ -13,6 +13,7 @@ from monge.viz.records import DENSE, Comparison
 from monge.viz.style import THEME, Drawing, colour, dress, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _OCTAVES = 2.0  # loads beyond 4 times the mean, or below a quarter of it, share the last colour
@@ -37,7 +38,7 @@ def draw_loads(comparison: Comparison, *, wide: bool) -> Drawing | None:
         layers, experts = loads_NLE.shape[1:]
         image = loads_NLE.reshape(len(steps), layers * experts).T * experts
         edges = (steps[0], steps[-1], layers * experts, 0)
-        ax.imshow(_paint(image), aspect="auto", interpolation="nearest", extent=edges)
+        ax.imshow(paint(image), aspect="auto", interpolation="nearest", extent=edges)
         bottom = i + columns >= len(panels)
         dress(ax, title=name, xlabel="optimizer step" if bottom else "")
         ax.title.set_color(colour(name))
@@ -51,7 +52,7 @@ def draw_loads(comparison: Comparison, *, wide: bool) -> Drawing | None:
         ax.set_yticks(
             [(layer + 0.5) * experts for layer in range(layers)], _layer_names(layers) if first else []
         )
-    _key(figure, list(grid.flat[: len(panels)]))
+    draw_key(figure, list(grid.flat[: len(panels)]))
     return Drawing(
         figure,
         "Load of every expert (one line each, layers from the top) over training, first seed: orange is more "
@@ -63,7 +64,7 @@ def _layer_names(layers: int) -> list[str]:
     return [f"layer {layer}" for layer in range(layers)]
 
 
-def _paint(load: np.ndarray) -> np.ndarray:
+def paint(load: np.ndarray) -> np.ndarray:
     """RGBA of loads relative to the mean: orange above, blue below, transparent at 1: it suits any ground."""
     octaves = np.clip(np.log2(np.maximum(load, 1e-9)) / _OCTAVES, -1, 1)
     rgba = np.empty((*load.shape, 4))
@@ -72,13 +73,13 @@ def _paint(load: np.ndarray) -> np.ndarray:
     return rgba
 
 
-def _key(figure: Figure, axes: list) -> None:
-    """The colour scale below the panels."""
+def draw_key(figure: Figure, axes: list[Axes]) -> None:
+    """The colour scale of `paint` below the panels."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
     scale = np.linspace(-_OCTAVES, _OCTAVES, 241)
-    mappable = ScalarMappable(Normalize(-_OCTAVES, _OCTAVES), ListedColormap(_paint(2**scale)))
+    mappable = ScalarMappable(Normalize(-_OCTAVES, _OCTAVES), ListedColormap(paint(2**scale)))
     bar = figure.colorbar(
         mappable, ax=axes, location="bottom", fraction=0.04, shrink=0.6, aspect=34, pad=0.03
     )

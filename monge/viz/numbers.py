@@ -19,6 +19,22 @@ def ratio(value: float | None) -> str:
     return "0" if value == 0 else "<0.01" if 0 < value < 0.005 else f"{value:.2f}"
 
 
+def figure(value: float | None, spread: float | None = None) -> str:
+    """Three decimals below 10, fewer above, none of exactly zero; the standard deviation where there is one.
+
+    Examples:
+        >>> from monge.viz.numbers import figure
+        >>> figure(1.4531), figure(36.338), figure(1.45, 0.0123), figure(84744.2), figure(0)
+        ('1.453', '36.34', '1.450 ± 0.012', '84,744', '0')
+    """
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    decimals = 3 if abs(value) < 9.9995 else 2 if abs(value) < 99.995 else 1 if abs(value) < 999.95 else 0
+    return f"{value:,.{decimals}f}" + ("" if spread is None else f" ± {spread:,.{decimals}f}")
+
+
 def count(value: float | None) -> str:
     """A count, with one decimal where a mean over seeds is not whole."""
     if value is None:
@@ -38,6 +54,13 @@ def milliseconds(value: float | None) -> str:
     if value is None:
         return MISSING
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def rate(value: float | None) -> str:
+    """A number per second, with one decimal below a hundred."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def millions(value: float | None) -> str:

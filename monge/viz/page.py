@@ -25,18 +25,18 @@ p{margin:.5rem 0 .9rem;max-width:46rem}
 .notice{border:1px solid var(--orange);border-radius:8px;padding:.6rem .9rem}
 ul.findings{margin:.4rem 0 1.6rem;padding-left:1.2rem;max-width:46rem}
 ul.findings li{margin:.25rem 0}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1px;margin:1.6rem 0;
+.facts{display:flex;flex-wrap:wrap;gap:1px;margin:1.6rem 0;
   background:var(--grid);border:1px solid var(--grid);border-radius:10px;overflow:hidden}
-.facts div{background:var(--paper);padding:.75rem 1rem}
+.facts div{flex:1 1 9.5rem;background:var(--paper);padding:.75rem 1rem}
 .facts dt{font-size:.8rem;color:var(--muted)}
 .facts dd{margin:0;font-size:1.1rem;font-weight:600;font-variant-numeric:tabular-nums}
 .facts small{display:block;font-size:.8rem;font-weight:400;color:var(--muted)}
 .scroll{overflow-x:auto;margin:.6rem 0;-webkit-overflow-scrolling:touch}
 table{border-collapse:separate;border-spacing:0;width:100%;
   font-size:.9rem;font-variant-numeric:tabular-nums;line-height:20px}
-th,td{padding:8px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
+th,td{padding:8px 7px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 thead th{font-weight:500;color:var(--muted);font-size:.8rem;
-  vertical-align:bottom;white-space:normal;min-width:4rem}
+  vertical-align:bottom;white-space:normal;min-width:3.2rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);padding-left:0}
 tbody th{font-weight:600}
 .dot{display:inline-block;width:.65rem;height:.65rem;border-radius:50%;margin-right:.5rem}

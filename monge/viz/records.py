@@ -6,7 +6,6 @@ all of that is normal here. Shapes: S seeds, N recorded steps, L layers, E exper
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from monge.viz.reading import Record, read_config, read_lines, read_summary
+
 DENSE = "dense"
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,40 +112,22 @@ def read_comparison(out: Path) -> Comparison:
         FileNotFoundError: there is no ``config.json`` in ``out``.
         ValueError: ``config.json`` is not a JSON object.
     """
-    path = out / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{out} holds no config.json, so it is not the output of a comparison: "
-            "give the folder that was its --out."
-        )
-    config = _parse(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object: run the comparison again into an empty folder.")
-    records = _read_records(out / "records.jsonl")
-    summary = out / "summary.json"
-    rows = _parse(summary.read_text(encoding="utf-8")) if summary.is_file() else None
+    config = read_config(out)
+    records, rows = _latest(read_lines(out)), read_summary(out)
     return Comparison(config, records, rows if isinstance(rows, list) else _summarise(records))
 
 
-def _read_records(path: Path) -> dict[str, list[Record]]:
+def _latest(lines: list[Record]) -> dict[str, list[Record]]:
+    """By kind and in the order of steps; of the records of one step, the last one written."""
     latest: dict[tuple[Any, ...], Record] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            record = _parse(line)  # None where an interruption cut the line
-            if isinstance(record, dict) and {"kind", "router", "seed", "step"} <= record.keys():
-                key = tuple(record.get(name) for name in ("kind", "router", "seed", "step", "layer"))
-                latest[key] = record
+    for record in lines:
+        if {"router", "seed", "step"} <= record.keys():
+            key = tuple(record.get(name) for name in ("kind", "router", "seed", "step", "layer"))
+            latest[key] = record
     by_kind: dict[str, list[Record]] = {}
     for record in sorted(latest.values(), key=lambda r: r["step"]):
         by_kind.setdefault(record["kind"], []).append(record)
     return by_kind
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
 
 
 def _summarise(records: dict[str, list[Record]]) -> list[Record]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
 
 from monge.viz import page, sections
 from monge.viz.curves import draw_losses, draw_violation
 from monge.viz.dots import draw_final
+from monge.viz.files import REPORT, write_figures, write_whole, written_figures
 from monge.viz.findings import findings, headline
 from monge.viz.heatmap import draw_loads
 from monge.viz.records import DENSE, Comparison, read_comparison
-from monge.viz.style import standalone, to_png, to_svg
 
-REPORT = "report.html"
 _FIGURES = {"final": draw_final, "losses": draw_losses, "violation": draw_violation, "loads": draw_loads}
 _NUMBERS = (
     "No",
@@ -56,33 +55,18 @@ def write_report(out: Path) -> Path:
         >>> write_report(Path("no-such-folder"))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        FileNotFoundError: no-such-folder holds no config.json, so it is not the output of a comparison: ...
+        FileNotFoundError: no-such-folder holds no config.json, so no run was begun there: ...
     """
     comparison = read_comparison(out)
-    drawings = _draw(comparison, out)
+    drawings = write_figures(out, {name: partial(draw, comparison) for name, draw in _FIGURES.items()})
     path = out / REPORT
-    _write(path, _compose(comparison, drawings, out).encode())
+    write_whole(path, _compose(comparison, drawings, out).encode())
     return path
 
 
 def figure_paths(out: Path) -> list[Path]:
     """The figures that `write_report` left in the folder, sorted by name."""
-    names = [f"{name}.{kind}" for name in sorted(_FIGURES) for kind in ("png", "svg")]
-    return [out / name for name in names if (out / name).is_file()]
-
-
-def _draw(comparison: Comparison, out: Path) -> list[str]:
-    """Write every figure that has data; return them as HTML."""
-    drawings = []
-    for name, draw in _FIGURES.items():
-        wide, narrow = draw(comparison, wide=True), draw(comparison, wide=False)
-        if wide is None or narrow is None:
-            continue
-        svg = to_svg(wide.figure, name)
-        _write(out / f"{name}.png", to_png(wide.figure))
-        _write(out / f"{name}.svg", standalone(svg).encode())
-        drawings.append(page.figure(svg, to_svg(narrow.figure, f"{name}-narrow"), wide.caption))
-    return drawings
+    return written_figures(out, _FIGURES)
 
 
 def _compose(comparison: Comparison, drawings: list[str], out: Path) -> str:
@@ -114,19 +98,3 @@ def _unfinished(comparison: Comparison) -> str:
         return ""
     done = f"{comparison.finished_runs} of {comparison.planned_runs} runs have finished"
     return page.paragraph(f"Unfinished: {done}. The same command goes on from here.", "notice")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: to a file beside it, which then takes its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"cannot write {path}: {reason}. Free some space or make the folder writable."
-        ) from error

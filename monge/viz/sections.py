@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from monge.viz import page
 from monge.viz.columns import COLUMNS
 from monge.viz.numbers import MISSING, count, duration, millions, milliseconds
+from monge.viz.provenance import command_text, origin
 from monge.viz.records import DENSE, Comparison
 from monge.viz.style import colour_name
 
@@ -65,16 +65,11 @@ def method(comparison: Comparison) -> list[str]:
     ]
     titles = ["text", "training files", "validation files", "training tokens", "validation tokens"]
     vocabulary = f"Vocabulary: {count(data['vocab'])} tokens." if data.get("vocab") else ""
-    machine, versions = comparison.config.get("machine", {}), comparison.config.get("versions", {})
-    where = [str(machine["cpu"])] if machine.get("cpu") else []
-    where += [f"{machine[name]} {name}" for name in ("cores", "threads") if name in machine]
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
         page.paragraph(_METHOD),
         page.table(titles, rows) if rows else "",
         page.paragraph(f"{vocabulary} {data.get('note') or ''}".strip()),
-        page.paragraph(f"Machine: {', '.join(where)}." if where else ""),
-        page.paragraph(f"Software: {software}." if software else ""),
+        *origin(comparison.config),
     ]
 
 
@@ -109,20 +104,10 @@ def cost(comparison: Comparison) -> str:
 def repetition(comparison: Comparison, out: Path) -> list[str]:
     """The command, every setting spelled out."""
     preset = str(comparison.config.get("preset", "quick"))
-    options = [_option(name, value) for name, value in comparison.settings.items() if name != "preset"]
-    lines = [shlex.join(["monge", "compare", "--preset", preset, "--out", out.name]), *filter(None, options)]
+    settings = {name: value for name, value in comparison.settings.items() if name != "preset"}
+    command = command_text(["monge", "compare", "--preset", preset, "--out", out.name], settings)
     note = "Every setting is spelled out, so that the command stays true where a preset changes."
-    return [page.code(" \\\n  ".join(lines)), page.paragraph(note)]
-
-
-def _option(name: str, value: Any) -> str:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    if value is None or value == []:
-        return ""
-    values = value if isinstance(value, list) else [value]
-    return shlex.join([f"--{flag}", *(str(v) for v in values)])
+    return [page.code(command), page.paragraph(note)]
 
 
 def _dots(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The look shared by all figures: colours per router, type, and SVG that follows the light or dark theme.
+"""The look shared by all figures: colours per series, type, and SVG that follows the light or dark theme.
 
 Figures are drawn in the light colours. In SVG each of those becomes a CSS variable, so that one drawing
 serves both themes, inside the report and as a file of its own; PNG files keep the light colours on white.
@@ -34,12 +34,19 @@ THEME: dict[str, tuple[str, str]] = {
 }
 
 # Fixed, so that a router keeps its colour from one report to the next; those that share one differ in dashes.
-_ROUTER_COLOURS = {
+_COLOURS = {
     "dense": "grey", "topk": "red", "switch": "violet", "noisy_topk": "violet", "sigmoid": "indigo",
     "lossfree": "brown", "quantile": "olive", "base": "orange", "sbase": "blue", "expert_choice": "indigo",
     "hash": "grey", "ssr": "blue", "maxscore": "orange", "prices": "green",
 }  # fmt: skip
+# So does a method of conversion, and the error of a layer at each of its stages.
+_COLOURS |= {
+    "oracle": "grey", "dot": "blue", "ot_lloyd": "green", "static": "red", "random": "brown",
+    "weight_kmeans": "violet", "activation_kmeans": "orange", "cmoe": "olive", "gradient": "indigo",
+    "before the refit": "orange", "after the refit": "green", "held-out text": "blue", "converted": "green",
+}  # fmt: skip
 _DASHED = {"dense", "noisy_topk", "base", "sbase", "expert_choice"}
+_DOTTED = {"hash", "oracle"}
 _SPARE = ("indigo", "olive", "brown", "violet")
 _NAMESPACES = (
     'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -55,19 +62,24 @@ class Drawing:
     caption: str
 
 
-def colour_name(router: str) -> str:
-    """The name in `THEME` of a router's colour; an unknown name gets a spare one by its letters."""
-    return _ROUTER_COLOURS.get(router, _SPARE[sum(router.encode()) % len(_SPARE)])
+def colour_name(series: str) -> str:
+    """The name in `THEME` of a series' colour; an unknown name gets a spare one by its letters.
+
+    A series is named after its router or method. What follows a comma tells variants apart, which share a
+    colour: ``"static, fine-tuned"`` has that of ``"static"``.
+    """
+    name = series.split(",")[0]
+    return _COLOURS.get(name, _SPARE[sum(name.encode()) % len(_SPARE)])
 
 
-def colour(router: str) -> str:
-    """A router's colour on white."""
-    return THEME[colour_name(router)][0]
+def colour(series: str) -> str:
+    """A series' colour on white."""
+    return THEME[colour_name(series)][0]
 
 
-def dashes(router: str) -> str:
-    """A router's matplotlib line style."""
-    return "--" if router in _DASHED else ":" if router == "hash" else "-"
+def dashes(series: str) -> str:
+    """A series' matplotlib line style."""
+    return "--" if series in _DASHED else ":" if series in _DOTTED else "-"
 
 
 def theme_css(selector: str) -> str:
@@ -101,17 +113,18 @@ def dress(ax: Axes, *, title: str, xlabel: str, ylabel: str = "") -> None:
 
 
 def label_ends(ax: Axes, ends: list[tuple[float, str]], *, points_high: float) -> None:
-    """Write each router's name beside the axes, at the height where its line ends or, if taken, nearby.
+    """Write each series' name beside the axes, at the height where its line ends or, if taken, nearby.
 
     Args:
         ax: axes with final limits.
-        ends: (value at the end of the line, router).
+        ends: (value at the end of the line, series).
         points_high: height of the axes in points, to know how far apart names must be.
     """
-    low, high = ax.get_ylim()
+    low, high, *values = ax.yaxis.get_transform().transform([*ax.get_ylim(), *(y for y, _ in ends)])
     gap = 10.5 / points_high
     wanted = sorted(
-        ((min(max((y - low) / (high - low), 0), 1), name) for y, name in ends), key=lambda e: e[0]
+        ((min(max((y - low) / (high - low), 0), 1), name) for y, (_, name) in zip(values, ends, strict=True)),
+        key=lambda e: e[0],
     )
     placed: list[float] = []
     for at, _ in wanted:

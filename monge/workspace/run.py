@@ -17,7 +17,7 @@ def stored_run(out: Path, command: str, settings: Mapping[str, Any]) -> dict[str
     """What an earlier start of the same command with the same settings wrote, or None in a new folder.
 
     Raises:
-        ValueError: ``out`` holds something else, or a run with other settings; the message names what differs.
+        ValueError: ``out`` holds something else, or a run with other settings; the message says which.
     """
     path = out / "config.json"
     if not path.exists():
@@ -35,8 +35,8 @@ def stored_run(out: Path, command: str, settings: Mapping[str, Any]) -> dict[str
     if names:
         changes = ", ".join(f"{name} (was {before.get(name)}, now {wanted.get(name)})" for name in names)
         raise ValueError(
-            f"{out} holds an experiment with other settings: {changes}. Repeat its command to go on with it, "
-            "or name another folder with --out."
+            f"{out} holds an experiment with other settings: {changes}. Repeat its command to go on with "
+            "it, or name another folder with --out."
         )
     return stored
 

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from monge.moe.activations import ACTIVATIONS
 from monge.moe.compute import PATHS, choose_path
 from monge.moe.compute.grouped_mm import kernel_takes
 
 PATH_NAMES = list(PATHS)
+UNGATED = {"gelu", "gelu_tanh", "relu"}
+FUNCTIONS = {
+    "swiglu": F.silu,
+    "geglu": partial(F.gelu, approximate="tanh"),
+    "geglu_exact": F.gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def formula(x_TH, indices_TK, weights_TK, proj_in, proj_out, activation) -> Tensor:
     """sum_k w_tk expert(x_t), every expert on every token; differentiated by autograd."""
-    gate = {"swiglu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(
-        activation, lambda g: torch.nn.functional.gelu(g, approximate="tanh")
-    )
+    gate = FUNCTIONS[activation]
     out_TH = torch.zeros_like(x_TH)
     for e in range(len(proj_in)):
         pre = x_TH @ proj_in[e].T
         half = pre.shape[1] // 2
-        act = gate(pre) if activation == "gelu" else gate(pre[:, :half]) * pre[:, half:]
+        act = gate(pre) if activation in UNGATED else gate(pre[:, :half]) * pre[:, half:]
         gate_T = torch.where(indices_TK == e, weights_TK, 0).sum(dim=1)
         out_TH = out_TH + gate_T[:, None] * (act @ proj_out[e].T)
     return out_TH
@@ -60,6 +70,11 @@ def assert_same(ours, theirs, indices_TK, tol=1e-10):
             assert (a[indices_TK < 0] == 0).all()
             b = b * (indices_TK >= 0)
         torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+def test_every_activation_has_a_reference():
+    assert FUNCTIONS.keys() == ACTIVATIONS.keys()
+    assert {name for name, act in ACTIVATIONS.items() if not act.gated} == UNGATED
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -146,7 +161,7 @@ def test_low_precision_sums_slots_in_float32(path, dtype):
     d = torch.eye(H, dtype=dtype).repeat(K, 1, 1)
     weights = torch.full((1, K), 1.01 / K)
     out = PATHS[path](x, torch.arange(K)[None], weights, a, d, "swiglu")
-    expected = torch.nn.functional.silu(torch.ones(1)).to(dtype).double() * 1.01
+    expected = F.silu(torch.ones(1)).to(dtype).double() * 1.01
     assert out.dtype == dtype
     assert abs(out.double() - expected).max() <= torch.finfo(dtype).eps * expected
 

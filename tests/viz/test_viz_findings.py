@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from viz.fake_records import write_fake_run
 
-from monge.viz.findings import _T_1PERCENT, findings, headline, separated
+from monge.viz.findings import findings, headline, separated
 from monge.viz.records import Comparison, read_comparison
+from monge.viz.spread import T_1PERCENT
 
 RANKING = re.compile(r"lowest|best|wins|behind|ahead|better than")
 
@@ -27,7 +28,7 @@ def comparison_of(**losses: tuple[float, float, int]) -> Comparison:
 
 
 def test_the_table_holds_students_t():
-    for freedom, critical in _T_1PERCENT.items():
+    for freedom, critical in T_1PERCENT.items():
         assert critical == pytest.approx(stats.t.ppf(0.995, freedom), abs=0.006), freedom
 
 
@@ -39,7 +40,7 @@ def test_the_table_holds_students_t():
 def test_two_models_are_separated_as_by_a_t_test(gap, spread, seeds):
     rows = comparison_of(a=(4.0, spread, seeds), b=(4.0 + gap, spread, seeds)).rows
     p = stats.ttest_ind_from_stats(4.0, spread, seeds, 4.0 + gap, spread, seeds).pvalue
-    if abs(p - 0.01) > 1e-3 and 2 * (seeds - 1) in _T_1PERCENT:
+    if abs(p - 0.01) > 1e-3 and 2 * (seeds - 1) in T_1PERCENT:
         assert separated(*rows, rows) == (p < 0.01)
 
 

@@ -17,7 +17,7 @@ import pytest
 from viz.fake_records import write_fake_run
 
 from monge.viz import figure_paths, write_report
-from monge.viz.heatmap import _paint
+from monge.viz.heatmap import paint
 
 CASES = {
     "several seeds": {},
@@ -160,7 +160,7 @@ def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_loads_are_painted_symmetrically_around_the_mean():
-    rgba = _paint(np.array([0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 9.0]))
+    rgba = paint(np.array([0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 9.0]))
     np.testing.assert_allclose(rgba[:, 3], [1, 1, 0.5, 0, 0.5, 1, 1])
     assert (rgba[:3, 2] > rgba[:3, 0]).all()  # blue below
     assert (rgba[4:, 0] > rgba[4:, 2]).all()  # orange above

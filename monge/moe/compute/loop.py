@@ -37,6 +37,7 @@ def _forward(
     activation: str,
     keep: bool,
     padded: bool,
+    bias_EJ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     act = ACTIVATIONS[activation]
     rows = (indices_TK.numel() if padded else int((indices_TK >= 0).sum())) if keep else 0
@@ -46,7 +47,8 @@ def _forward(
     )
     for e, tokens, slots, rows_e in _chosen(indices_TK):
         pre = pre_RJ[rows_e] if keep else None
-        y = expert_forward(act, hidden_TH[tokens], proj_in_EJH[e], proj_out_EHI[e], pre)
+        bias_J = bias_EJ[e] if bias_EJ is not None else None
+        y = expert_forward(act, hidden_TH[tokens], proj_in_EJH[e], proj_out_EHI[e], bias_J, pre)
         slots_TKH[tokens, slots] = y.to(slots_TKH.dtype)
     out_TH = (slots_TKH * weights_TK[:, :, None]).sum(dim=1).to(hidden_TH.dtype)
     return out_TH, pre_RJ
@@ -62,12 +64,10 @@ def _backward(
     pre_RJ: Tensor,
     activation: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation]
-    like = (grad_TH, weights_TK, proj_in_EJH, proj_out_EHI)
-    grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI = (
-        g.zero_() for g in empty_gradients(like, needs)
-    )
+    grads = empty_gradients(grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, needs)
+    grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ = (g.zero_() for g in grads)
     slots_TKH = grad_TH.new_zeros((*indices_TK.shape, grad_TH.shape[1]), dtype=sum_dtype(grad_TH, weights_TK))
     for e, tokens, slots, rows_e in _chosen(indices_TK):
         grad_rows, grad_gates = expert_backward(
@@ -80,6 +80,7 @@ def _backward(
             proj_out_EHI[e],
             grad_in_EJH[e] if needs[2] else None,
             grad_out_EHI[e] if needs[3] else None,
+            grad_bias_EJ[e] if needs[4] else None,
             needs[0],
         )
         if grad_rows is not None:
@@ -88,7 +89,7 @@ def _backward(
             grad_weights_TK[tokens, slots] = grad_gates.to(grad_weights_TK.dtype)
     if needs[0]:
         grad_hidden_TH = slots_TKH.sum(dim=1).to(grad_TH.dtype)
-    return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI
+    return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ
 
 
 loop = differentiable("loop", _forward, _backward)

@@ -19,16 +19,19 @@ from torch import Tensor
 
 FORWARD_SCHEMA = (
     "(Tensor hidden, Tensor indices, Tensor weights, Tensor proj_in, Tensor proj_out, str activation, "
-    "bool keep, bool padded) -> (Tensor, Tensor)"
+    "bool keep, bool padded, Tensor? bias=None) -> (Tensor, Tensor)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor? hidden, Tensor indices, Tensor weights, Tensor proj_in, Tensor proj_out, "
-    "Tensor pre, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor pre, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 class ComputePath(Protocol):
-    """out_t = sum_k weights_tk * expert_{indices_tk}(hidden_t), differentiable in all floating arguments."""
+    """out_t = sum_k weights_tk * expert_{indices_tk}(hidden_t), differentiable in all floating arguments.
+
+    ``expert_e(x) = act(x A_e^T + a_e) D_e^T`` with A ``proj_in``, a ``bias`` (none means 0), D ``proj_out``.
+    """
 
     def __call__(
         self,
@@ -38,6 +41,7 @@ class ComputePath(Protocol):
         proj_in_EJH: Tensor,
         proj_out_EHI: Tensor,
         activation: str,
+        bias_EJ: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -54,8 +58,9 @@ def differentiable(
     Args:
         forward: called as in ``FORWARD_SCHEMA``; returns the output (T, H) and, when ``keep``, the
             pre-activations (R, J) sorted by expert (an empty tensor otherwise). When ``padded``, R is T K.
-        backward: called as in ``BACKWARD_SCHEMA``; returns the gradients of hidden, weights, proj_in and
-            proj_out, empty tensors where ``needs`` is False. hidden is None if proj_in needs no gradient.
+        backward: called as in ``BACKWARD_SCHEMA``; returns the gradients of hidden, weights, proj_in,
+            proj_out and bias, empty tensors where ``needs`` is False. hidden is None if proj_in needs no
+            gradient.
         reads_sizes: False for a path that reads no size from an accelerator: it is padded there.
     """
     forward_op = torch.library.custom_op(
@@ -66,30 +71,30 @@ def differentiable(
     )
 
     @forward_op.register_fake
-    def _(hidden, indices, weights, proj_in, proj_out, activation, keep, padded):  # type: ignore[no-untyped-def]
+    def _(hidden, indices, weights, proj_in, proj_out, activation, keep, padded, bias=None):  # type: ignore[no-untyped-def]
         rows = indices.numel() if keep else 0
         return torch.empty_like(hidden), hidden.new_empty((rows, proj_in.shape[1]))
 
     @backward_op.register_fake
     def _(grad, hidden, indices, weights, proj_in, proj_out, pre, activation, needs):  # type: ignore[no-untyped-def]
-        return tuple(empty_gradients((grad, weights, proj_in, proj_out), needs))
+        return empty_gradients(grad, weights, proj_in, proj_out, needs)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        hidden, indices, weights, proj_in, proj_out, activation, _, _ = inputs
+        hidden, indices, weights, proj_in, proj_out, activation, *_ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros for the gradient of the pre-activations
         needs = ctx.needs_input_grad
-        ctx.needs = [needs[0], needs[2], needs[3], needs[4]]
+        ctx.needs = [needs[0], needs[2], needs[3], needs[4], needs[8]]
         ctx.activation = activation
         # hidden is needed only for the gradient of the input projection
         ctx.save_for_backward(hidden if needs[3] else None, indices, weights, proj_in, proj_out, output[1])
 
     def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         grads = backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.needs)
-        hidden, weights, proj_in, proj_out = (g if n else None for g, n in zip(grads, ctx.needs))
-        return hidden, None, weights, proj_in, proj_out, None, None, None
+        hidden, weights, proj_in, proj_out, bias = (g if n else None for g, n in zip(grads, ctx.needs))
+        return hidden, None, weights, proj_in, proj_out, None, None, None, bias
 
     torch.library.register_autograd(f"monge::experts_{name}", differentiate, setup_context=setup_context)
 
@@ -100,18 +105,23 @@ def differentiable(
         proj_in_EJH: Tensor,
         proj_out_EHI: Tensor,
         activation: str,
+        bias_EJ: Tensor | None = None,
     ) -> Tensor:
-        floats = (hidden_TH, weights_TK, proj_in_EJH, proj_out_EHI)
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in floats)
+        floats = (hidden_TH, weights_TK, proj_in_EJH, proj_out_EHI, bias_EJ)
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
         padded = torch.compiler.is_compiling() or (not reads_sizes and hidden_TH.device.type != "cpu")
         return forward_op(
-            hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, keep, padded
+            hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, keep, padded, bias_EJ
         )[0]
 
     path.__name__ = path.__qualname__ = name
     return path
 
 
-def empty_gradients(like: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Uninitialised gradients in the shapes of ``like``; empty tensors where none is needed."""
-    return [torch.empty_like(x) if n else x.new_empty(0) for x, n in zip(like, needs)]
+def empty_gradients(
+    grad: Tensor, weights: Tensor, proj_in: Tensor, proj_out: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of hidden, weights, proj_in, proj_out and bias; empty where none is needed."""
+    like = (grad, weights, proj_in, proj_out, proj_in[:, :, 0])
+    hidden, gates, a, d, bias = (x.new_empty(x.shape) if n else x.new_empty(0) for x, n in zip(like, needs))
+    return hidden, gates, a, d, bias

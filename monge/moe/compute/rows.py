@@ -5,16 +5,24 @@ Shapes: n rows of this expert, H model width, I expert width, J = 2 I (gated) or
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, mm
 
 from monge.moe.activations import Activation
 
 
 def expert_forward(
-    activation: Activation, hidden_nH: Tensor, proj_in_JH: Tensor, proj_out_HI: Tensor, pre_nJ: Tensor | None
+    activation: Activation,
+    hidden_nH: Tensor,
+    proj_in_JH: Tensor,
+    proj_out_HI: Tensor,
+    bias_J: Tensor | None,
+    pre_nJ: Tensor | None,
 ) -> Tensor:
     """(n, H); the pre-activations are written to ``pre_nJ`` when there is one."""
     pre_nJ = mm(hidden_nH, proj_in_JH.t(), out=pre_nJ)
+    if bias_J is not None:
+        pre_nJ += bias_J
     return mm(activation.forward(pre_nJ), proj_out_HI.t())
 
 
@@ -28,12 +36,13 @@ def expert_backward(
     proj_out_HI: Tensor,
     grad_in_JH: Tensor | None,
     grad_out_HI: Tensor | None,
+    grad_bias_J: Tensor | None,
     needs_hidden: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of sum_n weights_n <grad_n, expert(hidden_n)> for the rows (n, H) and the weights (n,).
 
-    Those of the projections are written to ``grad_in_JH`` and ``grad_out_HI`` when there are any. The output
-    y = act Wd^T is not needed: <grad, y> = <grad Wd, act>.
+    Those of the projections and the bias are written to ``grad_in_JH``, ``grad_out_HI`` and ``grad_bias_J``
+    when there are any. The output y = act Wd^T is not needed: <grad, y> = <grad Wd, act>.
     """
     grad_act_nI = mm(grad_nH, proj_out_HI)
     grad_weights_n1, weighted_nI, grad_pre_nJ = activation.backward(grad_act_nI, weights_n[:, None], pre_nJ)
@@ -42,4 +51,6 @@ def expert_backward(
     if grad_in_JH is not None:
         assert hidden_nH is not None
         mm(grad_pre_nJ.t(), hidden_nH, out=grad_in_JH)
+    if grad_bias_J is not None:
+        torch.sum(grad_pre_nJ, dim=0, out=grad_bias_J)
     return (mm(grad_pre_nJ, proj_in_JH) if needs_hidden else None), grad_weights_n1.squeeze(1)

@@ -36,6 +36,7 @@ def _forward(
     activation: str,
     keep: bool,
     padded: bool,
+    bias_EJ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     act = ACTIVATIONS[activation]
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=padded)
@@ -46,9 +47,9 @@ def _forward(
     for e, rows in _segments(slots):
         if rows.start < rows.stop:
             pre = pre_RJ[rows] if keep else None
-            y_RH[rows] = expert_forward(
-                act, hidden_TH.index_select(0, slots.tokens_R[rows]), proj_in_EJH[e], proj_out_EHI[e], pre
-            )
+            hidden_nH = hidden_TH.index_select(0, slots.tokens_R[rows])
+            bias_J = bias_EJ[e] if bias_EJ is not None else None
+            y_RH[rows] = expert_forward(act, hidden_nH, proj_in_EJH[e], proj_out_EHI[e], bias_J, pre)
     return combine(y_RH, slots.rows_TK, weights_TK).to(hidden_TH.dtype), pre_RJ
 
 
@@ -62,10 +63,10 @@ def _backward(
     pre_RJ: Tensor,
     activation: str,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     act = ACTIVATIONS[activation]
-    like = (grad_TH, weights_TK, proj_in_EJH, proj_out_EHI)
-    grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI = empty_gradients(like, needs)
+    grads = empty_gradients(grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, needs)
+    grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ = grads
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=len(pre_RJ) == indices_TK.numel())
     R, H = len(slots.tokens_R), grad_TH.shape[1]
     weights_R = weights_TK.flatten()[slots.order_R]
@@ -76,8 +77,9 @@ def _backward(
     for e, rows in _segments(slots):
         grad_in_JH = grad_in_EJH[e] if needs[2] else None
         grad_out_HI = grad_out_EHI[e] if needs[3] else None
+        grad_bias_J = grad_bias_EJ[e] if needs[4] else None
         if rows.start == rows.stop:
-            for grad in (grad_in_JH, grad_out_HI):
+            for grad in (grad_in_JH, grad_out_HI, grad_bias_J):
                 if grad is not None:
                     grad.zero_()
             continue
@@ -92,6 +94,7 @@ def _backward(
             proj_out_EHI[e],
             grad_in_JH,
             grad_out_HI,
+            grad_bias_J,
             needs[0],
         )
         if dx is not None:
@@ -100,7 +103,7 @@ def _backward(
         grad_hidden_TH = combine(dx_RH, slots.rows_TK).to(grad_TH.dtype)
     if needs[1]:
         grad_weights_TK = grad_weights_R[slots.rows_TK]
-    return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI
+    return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ
 
 
 sorted_by_expert = differentiable("sorted", _forward, _backward)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from monge.ot.assignment.approximate import solve_approximate
 from monge.ot.assignment.certificate import certified
-from monge.ot.assignment.host import bad_values_message, capacity_of, solve_on_cpu
+from monge.ot.assignment.host import bad_values_message, capacity_of, operator, solve_on_cpu
 from monge.ot.assignment.solution import REASON_CODES, STAGES, Assignment
 
 METHODS = ("exact", "approximate", "greedy")
@@ -83,18 +83,16 @@ def assign(
         >>> round(float(answer.objective), 4), float(answer.gap) < 1e-6
         (2.6, True)
     """
-    batch, scores, mask = _checked(scores, k, capacity, mask, method, max_work)
+    _check(scores, k, capacity, mask, method, max_work)
     factor = _exact_factor(capacity_factor)
+    scores = scores.detach()
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()
     if method == "approximate":
-        answer = _approximate(scores, mask, k, capacity, factor)
-    else:
-        # The operator is for tracing; called by hand it costs as much as a small problem.
-        traced = torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor
-        solve = torch.ops.monge.assign if traced else solve_on_cpu
-        answer = solve(scores, mask, k, capacity, *factor, max_work, method)
-    if not batch:
-        return Assignment(*(x[0] for x in answer))
-    return Assignment(*(x.reshape(batch + x.shape[1:]) for x in answer))
+        return _approximate(scores, mask, k, capacity, factor)
+    traced = torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor
+    solve = operator if traced else solve_on_cpu
+    return Assignment(*solve(scores, mask, k, capacity, *factor, max_work, method))
 
 
 def capacities(valid_B: Tensor, E: int, k: int, capacity: int | None, factor: tuple[int, int]) -> Tensor:
@@ -106,16 +104,18 @@ def capacities(valid_B: Tensor, E: int, k: int, capacity: int | None, factor: tu
 
 
 def _approximate(
-    scores_BTE: Tensor, mask_BT: Tensor | None, k: int, capacity: int | None, factor: tuple[int, int]
-) -> tuple[Tensor, ...]:
-    T, E = scores_BTE.shape[-2:]
-    masked = mask_BT is not None
-    if mask_BT is None:
-        mask_BT = torch.ones(scores_BTE.shape[:-1], dtype=torch.bool, device=scores_BTE.device)
-    if scores_BTE.device.type == "cpu" and not torch.compiler.is_compiling():
-        message = bad_values_message(scores_BTE, mask_BT)
+    scores: Tensor, mask: Tensor | None, k: int, capacity: int | None, factor: tuple[int, int]
+) -> Assignment:
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+        message = bad_values_message(scores, mask)
         if message:
             raise ValueError(message)
+    masked = mask is not None
+    if mask is None:
+        mask = torch.ones(scores.shape[:-1], dtype=torch.bool, device=scores.device)
+    batch, (T, E) = scores.shape[:-2], scores.shape[-2:]
+    B = math.prod(batch)
+    scores_BTE, mask_BT = scores.reshape(B, T, E), mask.reshape(B, T)
     valid_B = mask_BT.sum(-1)
     capacity_B = capacities(valid_B, E, k, capacity, factor)
     most = capacity_of(T, E, k, capacity, factor)
@@ -138,7 +138,7 @@ def _approximate(
     indices_BTk = torch.where(solved_B[:, None, None], indices_BTk, -1)
     flat_BN = indices_BTk.flatten(1) + 1  # bin 0 takes the -1 of masked rows
     bins_BE = flat_BN.new_zeros(len(flat_BN), E + 1).scatter_add(-1, flat_BN, torch.ones_like(flat_BN))
-    return (
+    answer = (
         indices_BTk,
         torch.where(solved_B[:, None], prices_BE, 0.0),
         bins_BE[:, 1:],
@@ -146,12 +146,12 @@ def _approximate(
         torch.where(solved_B, bound_B, -torch.inf),
         torch.stack((status_B, stage_B, reason_B, torch.zeros_like(status_B), capacity_B), -1),
     )
+    return Assignment(*(x.reshape(batch + x.shape[1:]) for x in answer))
 
 
-def _checked(
+def _check(
     scores: Tensor, k: int, capacity: int | None, mask: Tensor | None, method: str, max_work: int | None
-) -> tuple[torch.Size, Tensor, Tensor | None]:
-    """The batch shape, detached (B, T, E) scores in float32 or float64, and the (B, T) mask."""
+) -> None:
     if not isinstance(scores, Tensor):
         raise TypeError(
             f"scores must be a torch.Tensor, got {type(scores).__name__}: use torch.as_tensor(scores)"
@@ -161,7 +161,7 @@ def _checked(
             "scores must be a floating-point tensor of shape (..., T, E), "
             f"got {scores.dtype} {tuple(scores.shape)}"
         )
-    T, E = scores.shape[-2:]
+    E = scores.shape[-1]
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= E:
         raise ValueError(f"k must be an integer in 1..E = {E}, got {k!r}")
     if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
@@ -177,12 +177,6 @@ def _checked(
             f"mask must be bool of shape {tuple(scores.shape[:-1])}, one entry per row of scores, "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
-    batch = scores.shape[:-2]
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    B = math.prod(batch)
-    if mask is not None:
-        mask = mask.reshape(B, T)
-    return batch, scores.detach().to(dtype).reshape(B, T, E), mask
 
 
 def _exact_factor(factor: float) -> tuple[int, int]:

@@ -38,9 +38,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from monge.ot.assignment import repair, rounding, sweep
 from monge.ot.assignment.completion import complete
-from monge.ot.assignment.solution import Solution
+from monge.ot.assignment.fitting import fit
+from monge.ot.assignment.repair import NO_PATH, OUT_OF_WORK
+from monge.ot.assignment.rounding import finish, regret
+from monge.ot.assignment.solution import STAGES, Solution
+from monge.ot.assignment.sweep import ascend
 
 SAMPLED_FROM = 2048  # rows from which prices start on a sample of every STRIDE-th
 RESAMPLED_FROM = 128  # rows from which they do where sweeps over all rows do not get through
@@ -60,15 +63,14 @@ class Problem(NamedTuple):
     slack: bool  # E C > T k: prices are >= 0 and a priced column is full
 
 
-class Fit(NamedTuple):
-    """An assignment in which every row holds a top-k of S_t - b."""
+class Start(NamedTuple):
+    """Prices of stage 1, all float32."""
 
-    indices_TK: np.ndarray
     price_E: np.ndarray
-    regret: float  # how far the rows are from that, summed: rounding only
-    ended: int  # repair.DONE, NO_PATH or OUT_OF_WORK
-    stage: str
-    work: int
+    width_E: np.ndarray  # of the step to refine them with
+    v1_T: np.ndarray  # the k-th and (k+1)-th value of every row
+    v2_T: np.ndarray
+    unplaced: int
 
 
 def solve_exact(scores: np.ndarray, k: int, capacity: int, max_work: int | None = None) -> Solution:
@@ -94,34 +96,35 @@ def solve_exact(scores: np.ndarray, k: int, capacity: int, max_work: int | None 
         ([0, 0, 1, 1], 'optimal', 2.6)
     """
     num_rows, num_columns = scores.shape
+    price_E, load_E = np.zeros(num_columns), np.zeros(num_columns, np.int64)
     if k == num_columns:
         indices_TK = np.tile(np.arange(num_columns), (num_rows, 1))
-        objective = rounding.finish(scores, indices_TK)
-        return Solution(indices_TK, np.zeros(num_columns), objective, objective, "optimal", "trivial")
+        objective, _ = finish(scores, indices_TK, price_E, num_rows, load_E)
+        return Solution(indices_TK, price_E, load_E, objective, objective, "optimal", "trivial")
 
     top = float(scores.max())
     scale = 2.0 ** int(np.frexp(top)[1]) if top > LARGE else 1.0
     problem = _problem(scores if scale == 1.0 else scores / scale, k, capacity)
-    price_E, _, v1_T, v2_T, _ = _prices(problem)
-    fit = _fit(problem, price_E, v1_T, v2_T, UNLIMITED if max_work is None else max_work)
-    indices_TK, ended = fit.indices_TK, fit.ended
-    if ended == repair.OUT_OF_WORK and not _complete(problem, indices_TK, fit.price_E, v2_T):
-        ended = repair.NO_PATH
-    if ended == repair.NO_PATH:
-        return Solution.infeasible(num_rows, num_columns, k, "pairs", fit.stage, fit.work)
+    start = _prices(problem)
+    indices_TK = np.empty((num_rows, k), np.int64)
+    limit = UNLIMITED if max_work is None else max_work
+    ended, code, work, missed = _fit(problem, start, limit, indices_TK, price_E)
+    stage = STAGES[code]
+    if ended == OUT_OF_WORK and not _complete(problem, indices_TK, price_E, start.v2_T):
+        ended = NO_PATH
+    if ended == NO_PATH:
+        return Solution.infeasible(num_rows, num_columns, k, "pairs", stage, work)
 
-    objective, price_E = rounding.finish(scores, indices_TK), fit.price_E * scale
+    objective, unsold = finish(scores, indices_TK, price_E, capacity, load_E)
     if objective == -np.inf:
-        return Solution.infeasible(num_rows, num_columns, k, "row", fit.stage, fit.work)
-    if ended == repair.OUT_OF_WORK:
-        regret = rounding.regret(scores.astype(np.float64), price_E, indices_TK)
+        return Solution.infeasible(num_rows, num_columns, k, "row", stage, work)
+    status, reason = "optimal", ""
+    if ended == OUT_OF_WORK:
+        missed = regret(problem.score_TE.astype(np.float64), price_E, indices_TK)
         status, reason = "approximate", "work"
-    else:
-        regret, status, reason = scale * fit.regret, "optimal", ""
     # D(b) minus the objective is what the rows regret and what the columns leave unsold.
-    unsold_E = capacity - np.bincount(indices_TK.ravel(), minlength=num_columns)
-    bound = max(objective, objective + regret + float(price_E @ unsold_E))
-    return Solution(indices_TK, price_E, objective, bound, status, fit.stage, fit.work, reason)
+    bound = max(objective, objective + scale * (missed + unsold))
+    return Solution(indices_TK, price_E * scale, load_E, objective, bound, status, stage, work, reason)
 
 
 def _problem(score_TE: np.ndarray, k: int, capacity: int) -> Problem:
@@ -135,20 +138,14 @@ def _problem(score_TE: np.ndarray, k: int, capacity: int) -> Problem:
     return Problem(score_TE, narrow_TE, error, k, capacity, slack)
 
 
-def _prices(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Stage 1: prices, the width of the step to refine them with, v1 and v2 of every row, units unplaced."""
+def _prices(problem: Problem) -> Start:
+    """Stage 1; on a sample first where there are many rows, or where sweeps do not get through."""
     num_rows, num_columns = problem.narrow_TE.shape
-    spread = _spread(problem.narrow_TE)
-    if num_rows >= SAMPLED_FROM:
-        price_E, width_E = _sample_prices(problem)
-        width_E = np.maximum(width_E, np.float32(1e-6 * spread))
-        return price_E, width_E, *_ascend(problem, price_E, width_E)
-    price_E, width_E = np.zeros(num_columns, np.float32), np.full(num_columns, spread, np.float32)
-    v1_T, v2_T, unplaced = _ascend(problem, price_E, width_E)
-    if unplaced > num_columns and num_rows >= RESAMPLED_FROM:
-        price_E, width_E = _sample_prices(problem)
-        v1_T, v2_T, unplaced = _ascend(problem, price_E, width_E)
-    return price_E, width_E, v1_T, v2_T, unplaced
+    if num_rows < SAMPLED_FROM:
+        start = _ascend(problem, np.zeros(num_columns, np.float32), np.zeros(num_columns, np.float32))
+        if start.unplaced <= num_columns or num_rows < RESAMPLED_FROM:
+            return start
+    return _ascend(problem, *_sample_prices(problem))
 
 
 def _sample_prices(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -158,105 +155,30 @@ def _sample_prices(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     sample_nE = problem.narrow_TE[i * STRIDE + (i * 2654435761 >> 13) % STRIDE]  # in step with no period
     least = -(-len(i) * problem.k // num_columns)
     capacity = max(least, round(len(i) * problem.capacity / num_rows))
-    sample = Problem(sample_nE, sample_nE, 0.0, problem.k, capacity, problem.slack)
-    price_E, width_E, v1_n, v2_n, unplaced = _prices(sample)
-    if unplaced > num_columns:
-        # Sweeps do not get through: exact prices of the sample are worth their time.
-        fit = _fit(_problem(sample_nE, problem.k, capacity), price_E, v1_n, v2_n, UNLIMITED)
-        price_E = fit.price_E.astype(np.float32)
-    return price_E, width_E
+    start = _prices(Problem(sample_nE, sample_nE, 0.0, problem.k, capacity, problem.slack))
+    if start.unplaced <= num_columns:
+        return start.price_E, start.width_E
+    # Sweeps do not get through: exact prices of the sample are worth their time.
+    indices_nK, price_E = np.empty((len(i), problem.k), np.int64), np.empty(num_columns)
+    _fit(_problem(sample_nE, problem.k, capacity), start, UNLIMITED, indices_nK, price_E)
+    return price_E.astype(np.float32), start.width_E
 
 
-def _spread(narrow_TE: np.ndarray) -> float:
-    """A quarter of the range of the scores, without the lowest twentieth, which may stand for "never"."""
-    some = narrow_TE.ravel()[:: max(1, narrow_TE.size // 512)]
-    some = np.sort(some[some > -np.inf])
-    return max(0.25 * (float(some[-1]) - float(some[len(some) // 20])), 1e-30) if len(some) else 1.0
+def _ascend(problem: Problem, price_E: np.ndarray, width_E: np.ndarray) -> Start:
+    """Sweeps over all rows, ``price_E`` and ``width_E`` in place."""
+    _, narrow_TE, _, k, capacity, slack = problem
+    v1_T, v2_T = np.empty(len(narrow_TE), np.float32), np.empty(len(narrow_TE), np.float32)
+    unplaced = ascend(narrow_TE, k, capacity, slack, price_E, width_E, v1_T, v2_T)
+    return Start(price_E, width_E, v1_T, v2_T, unplaced)
 
 
-def _ascend(problem: Problem, price_E: np.ndarray, width_E: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sweeps over all rows, ``price_E`` and ``width_E`` in place: v1 and v2 of every row, units unplaced."""
-    _, _, _, k, capacity, slack = problem
-    num_rows, num_columns = problem.narrow_TE.shape
-    v1_T, v2_T = np.empty(num_rows, np.float32), np.empty(num_rows, np.float32)
-    tiles, enough = sweep.pack(problem.narrow_TE), num_columns // 2
-    unplaced = sweep.ascend(tiles, num_rows, k, capacity, slack, enough, price_E, width_E, v1_T, v2_T)
-    return v1_T, v2_T, unplaced
-
-
-def _fit(problem: Problem, start_E: np.ndarray, v1_T: np.ndarray, v2_T: np.ndarray, limit: int) -> Fit:
-    """Stages 2 and 3: an assignment that fits the prices ``start_E``, repaired."""
-    num_rows, num_columns = problem.score_TE.shape
-    slots, k, slack = num_columns * problem.capacity, problem.k, problem.slack
-    indices_TK, gap_T, load_E = _round(problem, start_E, v1_T, v2_T)
-
-    price_N, excess_N = np.zeros(num_columns + slack), np.zeros(num_columns + slack, np.int64)
-    price_N[:num_columns] = start_E
-    free_E = np.zeros(num_columns, np.int64)
-    if slack:
-        # Columns without a price keep their room as free slots; the others have to fill up.
-        free_E[start_E == 0] = np.maximum(problem.capacity - load_E[start_E == 0], 0)
-        excess_N[-1] = slots - num_rows * k - free_E.sum()
-    excess_N[:num_columns] = load_E + free_E - problem.capacity
-    unplaced = int(excess_N[excess_N > 0].sum())
-
-    start_N, size = price_N.copy(), 4 * (unplaced + num_columns) + 16
-    stage, ended, work, regret = "prices", repair.DONE, 0, 0.0
-    while unplaced:
-        stage = "repair" if size < num_rows or stage == "prices" else "fallback"
-        rows, cutoff = _smallest(gap_T, size)
-        score_nE = problem.score_TE[rows].astype(np.float64)
-        class_n, first_G, size_G = _classes(score_nE, grouped=unplaced > num_columns)
-        held_nK = indices_TK[rows]
-        state = held_nK, price_N, start_N, free_E, excess_N
-        ended, work, reach = repair.repair(score_nE[first_G], class_n, size_G, *state, cutoff, work, limit)
-        indices_TK[rows] = held_nK
-        if ended in (repair.DONE, repair.OUT_OF_WORK) or len(rows) == num_rows:
-            regret = rounding.regret(score_nE, price_N[:num_columns], held_nK)
-            break
-        size = min(4 * size, max(2 * size, int(np.count_nonzero(gap_T <= 1.5 * reach))))
-    price_E = price_N[:num_columns] - (price_N[-1] if slack else price_N.min())
-    return Fit(indices_TK, np.maximum(price_E, 0.0), regret, ended, stage, work)
-
-
-def _round(
-    problem: Problem, price_E: np.ndarray, v1_T: np.ndarray, v2_T: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stage 2: a top-k of S_t - b for every row, the gap proven for it, and the loads."""
-    score_TE, narrow_TE, error, k, _, _ = problem
-    indices_TK, gap_T = np.empty((len(score_TE), k), np.int64), np.empty(len(score_TE))
-    load_E = np.zeros(len(price_E), np.int64)
-    if rounding.choose_strict(narrow_TE, price_E, v1_T, v2_T, error, gap_T, indices_TK, load_E):
-        tied = np.flatnonzero(gap_T <= 0.0)
-        tied_nK = np.empty((len(tied), k), np.int64)
-        rounding.choose_tied(score_TE[tied].astype(np.float64), price_E.astype(np.float64), tied_nK, load_E)
-        indices_TK[tied] = tied_nK
-    return indices_TK, gap_T, load_E
-
-
-def _smallest(gap_T: np.ndarray, size: int) -> tuple[np.ndarray, float]:
-    """The rows of the ``size`` smallest gaps, and a bound that no other gap is below."""
-    if size >= len(gap_T):
-        return np.arange(len(gap_T)), np.inf
-    rows = np.argpartition(gap_T, size)[:size]
-    return np.sort(rows), float(gap_T[rows].max())
-
-
-def _classes(score_nE: np.ndarray, grouped: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The class of every row, first row and size of every class; equal rows share one if ``grouped``."""
-    n = len(score_nE)
-    if not grouped:
-        return np.arange(n), np.arange(n), np.ones(n, np.int64)
-    # Sorted by a hash of their bits, equal rows are neighbours. A collision may split a class: no harm.
-    factor_E = np.arange(1, 2 * score_nE.shape[1], 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    hash_n = (score_nE.view(np.uint64) * factor_E).sum(axis=1)
-    order = np.argsort(hash_n, kind="stable")
-    new = np.ones(n, bool)
-    alike = np.flatnonzero(hash_n[order[1:]] == hash_n[order[:-1]])
-    new[alike + 1] = (score_nE[order[alike + 1]] != score_nE[order[alike]]).any(axis=1)
-    class_n = np.empty(n, np.int64)
-    class_n[order] = np.cumsum(new) - 1
-    return class_n, order[new], np.bincount(class_n)
+def _fit(
+    problem: Problem, start: Start, limit: int, indices_TK: np.ndarray, price_E: np.ndarray
+) -> tuple[int, int, int, float]:
+    """Stages 2 and 3: see ``fit``."""
+    score_TE, narrow_TE, error, _, capacity, slack = problem
+    price, _, v1_T, v2_T, _ = start
+    return fit(score_TE, narrow_TE, error, capacity, slack, price, v1_T, v2_T, limit, indices_TK, price_E)
 
 
 def _complete(problem: Problem, indices_TK: np.ndarray, price_E: np.ndarray, v2_T: np.ndarray) -> bool:

@@ -105,7 +105,7 @@ def refresh_arc(graph, e, f):
     graph.loss_NN[e, f], graph.via_NN[e, f] = best, via
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def move(graph, g, e, f, amount):
     """Move units of class g from column e to column f; arcs that lose their class become stale."""
     num_columns = graph.count_E.shape[0]

@@ -41,6 +41,7 @@ def solve_greedy(scores_TE: np.ndarray, k: int, capacity: int, max_work: int | N
     return Solution(
         indices=indices[0].numpy(),
         prices=prices_1E[0].numpy(),
+        loads=loads_E,
         objective=float(objective),
         upper_bound=float(bound),
         status="optimal" if bool(optimal) else "approximate",

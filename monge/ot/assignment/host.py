@@ -5,6 +5,7 @@ Shapes: T rows, E columns, k choices per row, B instances (all leading dimension
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,8 +21,8 @@ SOLVERS: dict[str, Callable[..., Solution]] = {"exact": solve_exact, "greedy": s
 
 
 def solve_on_cpu(
-    scores_BTE: Tensor,
-    mask_BT: Tensor | None,
+    scores: Tensor,
+    mask: Tensor | None,
     k: int,
     capacity: int | None,
     numerator: int,
@@ -29,74 +30,55 @@ def solve_on_cpu(
     max_work: int | None,
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``Assignment``, in its order, for every problem; arguments as checked by ``assign``.
+    """The fields of ``Assignment``, in its order, for (..., T, E) scores; arguments as checked by ``assign``.
 
     Raises:
         ValueError: NaN or +inf in a row that is not masked.
     """
-    device = scores_BTE.device
-    scores = scores_BTE.cpu().contiguous().numpy()
-    mask = None if mask_BT is None else mask_BT.cpu().numpy()
-    B, T, E = scores.shape
-
-    solved: dict[int, tuple[Solution, int]] = {}
+    batch, (T, E) = scores.shape[:-2], scores.shape[-2:]
+    B = math.prod(batch)
+    scores_BTE = np.ascontiguousarray(scores.cpu().numpy()).reshape(B, T, E)
+    mask_BT = None if mask is None else mask.cpu().numpy().reshape(B, T)
+    indices_BTk, report_B5 = np.empty((B, T, k), np.int64), np.empty((B, 5), np.int64)
+    prices_BE, loads_BE = np.empty((B, E)), np.empty((B, E), np.int64)
+    objective_B, bound_B = np.empty(B), np.empty(B)
 
     def solve(b: int) -> None:
-        rows_TE = scores[b] if mask is None else scores[b][mask[b]]
+        rows_TE = scores_BTE[b] if mask_BT is None else scores_BTE[b][mask_BT[b]]
         C = capacity_of(len(rows_TE), E, k, capacity, (numerator, denominator))
-        solved[b] = _solve(rows_TE, k, C, max_work, method), C
+        s = _solve(rows_TE, k, C, max_work, method)
+        if mask_BT is None:
+            indices_BTk[b] = s.indices
+        else:
+            indices_BTk[b] = -1
+            indices_BTk[b, mask_BT[b]] = s.indices
+        prices_BE[b], loads_BE[b], objective_B[b], bound_B[b] = s.prices, s.loads, s.objective, s.upper_bound
+        report_B5[b] = STATUSES.index(s.status), STAGES.index(s.stage), REASON_CODES[s.reason], s.work, C
 
     try:
         run_all(solve, range(B))
     except _BadValues:
-        raise ValueError(bad_values_message(scores_BTE, mask_BT)) from None
-
-    if mask is None and B == 1:
-        indices = solved[0][0].indices[None]
-    else:
-        indices = np.full((B, T, k), -1, dtype=np.int64)
-        for b in range(B):
-            indices[b, slice(None) if mask is None else mask[b]] = solved[b][0].indices
-    prices = np.empty((B, E))
-    loads = np.empty((B, E), dtype=np.int64)
-    values = np.empty((2, B))
-    report = np.empty((B, 5), dtype=np.int64)
-    for b in range(B):
-        s, C = solved[b]
-        prices[b] = s.prices
-        loads[b] = 0 if s.status == "infeasible" else np.bincount(s.indices.ravel(), minlength=E)
-        values[:, b] = s.objective, s.upper_bound
-        report[b] = STATUSES.index(s.status), STAGES.index(s.stage), REASON_CODES[s.reason], s.work, C
-    answer = (indices, prices, loads, values[0], values[1], report)
-    tensors = tuple(torch.from_numpy(x) for x in answer)
-    return tensors if device.type == "cpu" else tuple(x.to(device) for x in tensors)  # type: ignore[return-value]
+        raise ValueError(bad_values_message(scores, mask)) from None
+    answer = (indices_BTk, prices_BE, loads_BE, objective_B, bound_B, report_B5)
+    tensors = tuple(torch.from_numpy(x.reshape(batch + x.shape[1:])) for x in answer)
+    on_cpu = scores.device.type == "cpu"
+    return tensors if on_cpu else tuple(x.to(scores.device) for x in tensors)  # type: ignore[return-value]
 
 
-@torch.library.custom_op("monge::assign", mutates_args=())
-def _operator(
-    scores_BTE: Tensor,
-    mask_BT: Tensor | None,
-    k: int,
-    capacity: int | None,
-    numerator: int,
-    denominator: int,
-    max_work: int | None,
-    method: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    answer = solve_on_cpu(scores_BTE, mask_BT, k, capacity, numerator, denominator, max_work, method)
-    return tuple(x.clone() for x in answer)  # type: ignore[return-value]  # outputs may share no memory
+# What ``torch.compile`` sees. Called by hand, the operator costs as much as a small problem.
+operator = torch.library.custom_op("monge::assign", solve_on_cpu, mutates_args=())
 
 
-@_operator.register_fake
-def _(scores_BTE, mask_BT, k, capacity, numerator, denominator, max_work, method):  # type: ignore[no-untyped-def]
-    B, T, E = scores_BTE.shape
+@operator.register_fake
+def _(scores, mask, k, capacity, numerator, denominator, max_work, method):  # type: ignore[no-untyped-def]
+    *batch, T, E = scores.shape
     return (
-        scores_BTE.new_empty((B, T, k), dtype=torch.int64),
-        scores_BTE.new_empty((B, E), dtype=torch.float64),
-        scores_BTE.new_empty((B, E), dtype=torch.int64),
-        scores_BTE.new_empty((B,), dtype=torch.float64),
-        scores_BTE.new_empty((B,), dtype=torch.float64),
-        scores_BTE.new_empty((B, 5), dtype=torch.int64),
+        scores.new_empty((*batch, T, k), dtype=torch.int64),
+        scores.new_empty((*batch, E), dtype=torch.float64),
+        scores.new_empty((*batch, E), dtype=torch.int64),
+        scores.new_empty(batch, dtype=torch.float64),
+        scores.new_empty(batch, dtype=torch.float64),
+        scores.new_empty((*batch, 5), dtype=torch.int64),
     )
 
 
@@ -114,7 +96,8 @@ def _solve(rows_TE: np.ndarray, k: int, capacity: int, max_work: int | None, met
     """The checks that need no solver, then the solver."""
     T, E = rows_TE.shape
     if T == 0:
-        return Solution(np.empty((0, k), np.int64), np.zeros(E), 0.0, 0.0, "optimal", "trivial")
+        indices_TK, price_E, load_E = np.empty((0, k), np.int64), np.zeros(E), np.zeros(E, np.int64)
+        return Solution(indices_TK, price_E, load_E, 0.0, 0.0, "optimal", "trivial")
     if not rows_TE.max() < np.inf:  # NaN too
         raise _BadValues
     if E * capacity < T * k:
@@ -124,16 +107,17 @@ def _solve(rows_TE: np.ndarray, k: int, capacity: int, max_work: int | None, met
     return SOLVERS[method](rows_TE, k, capacity, max_work)
 
 
-def bad_values_message(scores_BTE: Tensor, mask_BT: Tensor | None) -> str:
+def bad_values_message(scores: Tensor, mask: Tensor | None) -> str:
     """What ``assign`` says of NaN and +inf in valid rows; empty where there are none."""
-    bad_BTE = scores_BTE.isnan() | (scores_BTE == torch.inf)
-    if mask_BT is not None:
-        bad_BTE &= mask_BT.unsqueeze(-1)
-    count = int(bad_BTE.sum())
+    bad = scores.isnan() | (scores == torch.inf)
+    if mask is not None:
+        bad &= mask.unsqueeze(-1)
+    count = int(bad.sum())
     if not count:
         return ""
-    b, t, e = (int(x) for x in bad_BTE.nonzero()[0])
+    *batch, t, e = (int(x) for x in bad.nonzero()[0])
+    problem = f"problem {batch[0] if len(batch) == 1 else tuple(batch)}, " if batch else ""
     return (
         f"scores of valid rows must be finite or -inf: {count} entries are NaN or +inf, the first "
-        f"{float(scores_BTE[b, t, e])} in problem {b}, row {t}, column {e}; clean them, or mask those rows"
+        f"{float(scores[(*batch, t, e)])} in {problem}row {t}, column {e}; clean them, or mask those rows"
     )

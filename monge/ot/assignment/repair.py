@@ -23,7 +23,8 @@ from monge.ot.assignment.graph import build, move, refresh, refresh_arc, tied, w
 DONE, BEYOND_CUTOFF, NO_PATH, OUT_OF_WORK = range(4)
 
 
-@njit(cache=True, nogil=True)
+# Inlined, here and in ``graph.py``: a call counts references of the dozen arrays of a graph, twice.
+@njit(inline="always")
 def _settle(graph, e, nearest, price_N, bound_N, label_N, parent_N):
     """Try the arcs out of node e, which lies at ``nearest``; stale ones that might matter first."""
     num_nodes, num_columns = price_N.shape[0], graph.count_E.shape[0]
@@ -49,7 +50,7 @@ def _settle(graph, e, nearest, price_N, bound_N, label_N, parent_N):
         parent_N[f] = e if nearer else parent_N[f]
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _shortest_path(graph, price_N, distance_N, bound_N, label_N, parent_N):
     """Dijkstra from every node with excess to the nearest one with room; returns that node, or -1.
 
@@ -62,7 +63,7 @@ def _shortest_path(graph, price_N, distance_N, bound_N, label_N, parent_N):
         distance_N[e] = np.inf
         parent_N[e] = -1
     while True:
-        e, nearest = -1, np.inf
+        e, nearest = np.int64(-1), np.inf
         for f in range(num_nodes):
             if label_N[f] < nearest:
                 e, nearest = f, label_N[f]
@@ -74,7 +75,7 @@ def _shortest_path(graph, price_N, distance_N, bound_N, label_N, parent_N):
         _settle(graph, e, nearest, price_N, bound_N, label_N, parent_N)
 
 
-@njit(cache=True, nogil=True)
+@njit(inline="always")
 def _push(graph, parent_N, target, class_G, amount_G):
     """Move as many units as the path to ``target`` carries; returns how many."""
     num_columns = graph.count_E.shape[0]
@@ -102,12 +103,12 @@ def _push(graph, parent_N, target, class_G, amount_G):
         elif e == num_columns:
             graph.free_E[f] += width
             graph.loss_NN[f, e] = 0.0
-        elif width == 1 and graph.via_NN[e, f] >= 0:
-            move(graph, graph.via_NN[e, f], e, f, 1)
         else:
-            num_classes, _ = tied(graph, e, f, width, class_G, amount_G)
+            num_classes, class_G[0], amount_G[0] = 1, graph.via_NN[e, f], 1
+            if width > 1 or class_G[0] < 0:
+                num_classes, _ = tied(graph, e, f, width, class_G, amount_G)
             for i in range(num_classes):
-                move(graph, np.int64(class_G[i]), e, f, amount_G[i])
+                move(graph, class_G[i], e, f, amount_G[i])
         f = e
     return width
 

@@ -43,7 +43,7 @@ def _top(score_E, prices_E, value_E, top_K):
     """Write S - b to ``value_E`` and its k largest entries to ``top_K``, by falling value."""
     k = top_K.shape[0]
     top_K[:] = -np.inf
-    for e in range(prices_E.shape[0]):
+    for e in range(score_E.shape[0]):
         value_E[e] = x = score_E[e] - prices_E[e]
         if x > top_K[k - 1]:
             for j in range(k):
@@ -52,16 +52,18 @@ def _top(score_E, prices_E, value_E, top_K):
 
 
 @njit(cache=True, nogil=True)
-def choose_tied(score_nE, prices_E, indices_nK, loads_E):
-    """Top-k of S - b in float64, row by row; of equal values, those on the least loaded columns so far."""
-    num_columns, k = prices_E.shape[0], indices_nK.shape[1]
+def choose_tied(score_TE, prices_E, gap_T, indices_TK, loads_E):
+    """Give rows without a gap a top-k of S - b in float64; of equal values, those least loaded so far."""
+    num_columns, k = score_TE.shape[1], indices_TK.shape[1]
     value_E, top_K = np.empty(num_columns), np.empty(k)
-    for t in range(score_nE.shape[0]):
-        _top(score_nE[t], prices_E, value_E, top_K)
+    for t in range(score_TE.shape[0]):
+        if gap_T[t] > 0.0:
+            continue
+        _top(score_TE[t], prices_E, value_E, top_K)
         threshold, n = top_K[k - 1], 0
         for e in range(num_columns):
             if value_E[e] > threshold:
-                indices_nK[t, n] = e
+                indices_TK[t, n] = e
                 n += 1
         while n < k:
             best = -1
@@ -69,16 +71,16 @@ def choose_tied(score_nE, prices_E, indices_nK, loads_E):
                 if value_E[e] == threshold and (best < 0 or loads_E[e] < loads_E[best]):
                     best = e
             value_E[best] = -np.inf
-            indices_nK[t, n] = best
+            indices_TK[t, n] = best
             n += 1
         for j in range(k):
-            loads_E[indices_nK[t, j]] += 1
+            loads_E[indices_TK[t, j]] += 1
 
 
 @njit(cache=True, nogil=True)
 def regret(score_nE, prices_E, indices_nK):
     """By how much the k largest entries of S - b exceed what the rows hold of it, summed over the rows."""
-    num_columns, k = prices_E.shape[0], indices_nK.shape[1]
+    num_columns, k = score_nE.shape[1], indices_nK.shape[1]
     value_E, top_K = np.empty(num_columns), np.empty(k)
     total = 0.0
     for t in range(score_nE.shape[0]):
@@ -89,19 +91,46 @@ def regret(score_nE, prices_E, indices_nK):
 
 
 @njit(cache=True, nogil=True)
-def finish(score_TE, indices_TK):
-    """Order every row by falling score, ties by lower column; returns the sum of the chosen scores."""
-    total, k = 0.0, indices_TK.shape[1]
+def finish(score_TE, indices_TK, prices_E, capacity, loads_E):
+    """Order every row by falling score, ties by lower column, and count ``loads_E`` (given as 0).
+
+    Returns the objective and the price of what the columns leave unsold, ``sum_e (capacity - load_e) b_e``.
+    """
+    objective, unsold, k = 0.0, 0.0, indices_TK.shape[1]
     value_K = np.empty(k, score_TE.dtype)
     for t in range(score_TE.shape[0]):
         score_E, row_K = score_TE[t], indices_TK[t]
         for i in range(k):
             e = row_K[i]
             s = score_E[e]
-            total += s
+            objective += s
+            loads_E[e] += 1
             j = i
             while j > 0 and (value_K[j - 1] < s or (value_K[j - 1] == s and row_K[j - 1] > e)):
                 value_K[j], row_K[j] = value_K[j - 1], row_K[j - 1]
                 j -= 1
             value_K[j], row_K[j] = s, e
-    return total
+    for e in range(loads_E.shape[0]):
+        unsold += (capacity - loads_E[e]) * prices_E[e]
+    return objective, unsold
+
+
+@njit(cache=True, nogil=True)
+def quantile(value_n, count):
+    """A bound that ``count`` of the non-negative values are at most, or more only if they tie at it.
+
+    Bisection of the bits, which are ordered like the values: at most 63 passes whatever the values are.
+    """
+    bits_n = value_n.view(np.int64)
+    low, high = np.int64(-1), np.int64(0x7FF0000000000000)
+    while high - low > 1:
+        middle, below = low + (high - low) // 2, 0
+        for i in range(bits_n.shape[0]):
+            below += bits_n[i] <= middle
+        if below < count:
+            low = middle
+        else:
+            high = middle
+            if below == count:
+                break
+    return np.array([high]).view(np.float64)[0]

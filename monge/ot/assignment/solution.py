@@ -34,6 +34,7 @@ class Solution:
     Attributes:
         indices: (T, k) int64 by falling score; all -1 when infeasible.
         prices: (E,) float64 column prices of the certificate; non-negative unless E * capacity = T * k.
+        loads: (E,) int64 rows per column.
         objective: sum of the chosen scores in float64; -inf when infeasible.
         upper_bound: ``sum_t (sum of the k largest of S_t - b) + capacity * sum(b)`` at these prices b.
         status: one of ``STATUSES``.
@@ -44,6 +45,7 @@ class Solution:
 
     indices: np.ndarray
     prices: np.ndarray
+    loads: np.ndarray
     objective: float
     upper_bound: float
     status: str
@@ -57,7 +59,8 @@ class Solution:
     ) -> Solution:
         """The empty answer to a problem that has none."""
         indices = np.full((rows, k), -1, dtype=np.int64)
-        return cls(indices, np.zeros(columns), -np.inf, -np.inf, "infeasible", stage, work, reason)
+        prices, loads = np.zeros(columns), np.zeros(columns, np.int64)
+        return cls(indices, prices, loads, -np.inf, -np.inf, "infeasible", stage, work, reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ Shapes: T rows, E columns, k choices per row, C capacity.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import int32, njit
+
+from monge.ot.assignment.rounding import quantile
 
 TILE = 256
 LEVELS = 6
@@ -77,7 +79,8 @@ def _thresholds(tile, prices_E, v, x0, x1):
                 x0[i], x1[i] = y, z
 
 
-@njit(cache=True, nogil=True)
+# 32 bits wide like the margins, so that a vector holds as many counters as margins.
+@njit(cache=True, nogil=True, locals={f"c{j}": int32 for j in range(BINS)})
 def _count(m, n, w, bins):
     """Add to ``bins`` how many of n margins are > w, w/4, ..., w/1024, > 0, >= 0, > -w/1024, ..., -w."""
     quarter = np.float32(0.25)
@@ -171,14 +174,34 @@ def unplaced(bins_EB, prices_E, capacity, slack):
 
 
 @njit(cache=True, nogil=True)
-def ascend(tiles, n, k, capacity, slack, enough, prices_E, width_E, v1_T, v2_T):
-    """Price steps in place until at most ``enough`` units are unplaced or progress is slow; returns how many.
+def _spread(score_TE):
+    """A quarter of the range of the scores, without the lowest twentieth, which may stand for "never"."""
+    num_columns = score_TE.shape[1]
+    stride = score_TE.size // 256 | 1  # odd: to meet all columns
+    some, n, top = np.empty(score_TE.size // stride + 1), 0, -np.inf
+    for i in range(0, score_TE.size, stride):
+        x = np.float64(score_TE[i // num_columns, i % num_columns])
+        some[n] = x
+        n += x > -np.inf
+        top = max(top, x)
+    if n == 0:
+        return np.float32(1)
+    for i in range(n):
+        some[i] = top - some[i]
+    return np.float32(max(0.25 * quantile(some[:n], n - n // 20), 1e-30))
+
+
+@njit(cache=True, nogil=True)
+def ascend(score_TE, k, capacity, slack, prices_E, width_E, v1_T, v2_T):
+    """Price steps in place until half a unit per column is unplaced or progress is slow; returns the units.
 
     ``prices_E`` (float32) ends as the best prices met, ``v1_T`` and ``v2_T`` as the rows' values at them.
-    ``width_E`` ends as the accuracy of these prices as a sample of more rows: the widths of the first step at
-    which the loads were within their sampling error.
+    ``width_E`` holds the widths of the first step (0: find them) and ends as the accuracy of these prices as
+    a sample of more rows: the widths of the first step at which the loads were within their sampling error.
     """
-    num_columns = prices_E.shape[0]
+    (n, num_columns), tiles, spread = score_TE.shape, pack(score_TE), _spread(score_TE)
+    for e in range(num_columns):
+        width_E[e] = max(width_E[e], np.float32(1e-6) * spread) if width_E[e] > 0 else spread
     bins_EB = np.empty((num_columns, BINS), np.int64)
     best_E, next_E, w_E = prices_E.copy(), prices_E.astype(np.float64), width_E.copy()
     noise = 0.5 * num_columns * np.sqrt(capacity)
@@ -191,15 +214,15 @@ def ascend(tiles, n, k, capacity, slack, enough, prices_E, width_E, v1_T, v2_T):
         at_best = left < best
         if at_best:
             best = left
-            best_E[:] = prices_E
+            copy(prices_E, best_E)
         if coarse:
-            width_E[:] = w_E
+            copy(w_E, width_E)
             coarse = left > noise
         if step % PATIENCE == 0:
             if best > goal:
                 break
             goal = best - num_columns // 8 - 1
-        if left <= enough or step == MAX_STEPS:
+        if left <= num_columns // 2 or step == MAX_STEPS:
             break
         mean, lowest = 0.0, np.inf
         for e in range(num_columns):
@@ -218,6 +241,13 @@ def ascend(tiles, n, k, capacity, slack, enough, prices_E, width_E, v1_T, v2_T):
             w_E[e] = min(max(np.float32(w_E[e] + 0.5 * mean), np.float32(1e-30)), widest)
             prices_E[e] = np.float32(next_E[e])
     if not at_best:
-        prices_E[:] = best_E
+        copy(best_E, prices_E)
         sweep(tiles, n, k, prices_E, w_E, v1_T, v2_T, bins_EB)
     return best
+
+
+@njit(cache=True, nogil=True)
+def copy(x_E, y_E):
+    """``y_E[:] = x_E``, which numba takes three seconds to compile."""
+    for e in range(x_E.shape[0]):
+        y_E[e] = x_E[e]

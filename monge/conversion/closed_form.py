@@ -1,0 +1,179 @@
+"""The closed-form conversion of a model: layer after layer, each on what the layers before it really give.
+
+    streams --> observe --> convert_layer --> install --> advance --> [stage files] --> next layer
+
+Shapes: N sequences, L tokens in each, H model width, C clusters of tokens, F neurons.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monge.conversion.calibrate import Streams, advance, observe, skip, start_streams
+from monge.conversion.config import ConvertConfig
+from monge.conversion.layerwise import ConvertedLayer, convert_layer, divide_layer
+from monge.conversion.observer import Observer
+from monge.conversion.refit import Refit
+from monge.conversion.stages import Stages
+from monge.conversion.types import FFN, Partition
+
+STREAMS = "streams"
+
+
+@torch.no_grad()
+def divide_layers(
+    model: nn.Module,
+    ffns: Sequence[FFN],
+    chunks: Tensor,
+    config: ConvertConfig,
+    importance: Mapping[int, Tensor],
+    observer: Observer,
+) -> list[Partition]:
+    """Partition and start router of every layer to convert, on the dense model, which stays as it is."""
+    streams = start_streams(model, ffns, chunks)
+    wanted = set(config.layers_of(len(ffns)))
+    observer.stage("divide", len(ffns))
+    partitions = []
+    for ffn in ffns:
+        if ffn.layer in wanted:
+            seen, weights = observe(streams, ffn), ffn.read()
+            partitions.append(
+                divide_layer(seen, weights, config, layer=ffn.layer, importance_CF=importance.get(ffn.layer))
+            )
+            streams.converted_NLH = streams.dense_NLH
+        else:
+            skip(streams, ffn)
+        observer.advance()
+    return partitions
+
+
+@torch.no_grad()
+def convert_layers(
+    model: nn.Module,
+    ffns: Sequence[FFN],
+    chunks: Tensor,
+    config: ConvertConfig,
+    stages: Stages,
+    *,
+    gates: str,
+    given: Mapping[int, Partition],
+    importance: Mapping[int, Tensor],
+    observer: Observer,
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Convert the layers of ``config.layers`` in place, going on from the stage files where there are any.
+
+    Args:
+        chunks: inputs of one size without padding.
+        gates: of the deployed model, a name of `monge.conversion.building.GATE_SCALES`.
+        given: partitions with routers that were found before, by layer; the others are computed.
+        importance: (C, F) by layer, for methods that need gradients.
+        record: takes the record of each layer.
+    """
+    wanted = set(config.layers_of(len(ffns)))
+    streams = _resume(model, ffns, chunks, config, stages, gates)
+    observer.stage("convert", len(ffns))
+    observer.advance(streams.layer)
+    for ffn in ffns[streams.layer :]:
+        began = time.perf_counter()
+        if ffn.layer in wanted:
+            seen, weights = observe(streams, ffn), ffn.read()
+            converted, y_TH = convert_layer(
+                seen,
+                weights,
+                config,
+                gates,
+                layer=ffn.layer,
+                sequence=streams.dense_NLH.shape[1],
+                given=given.get(ffn.layer),
+                importance_CF=importance.get(ffn.layer),
+            )
+            converted.install(ffn, gates)
+            advance(streams, ffn, seen, y_TH)
+            _save(stages, ffn, converted)
+            note = f"error {converted.refit.error:.3f}"
+            record({**_described(ffn, converted), "seconds": time.perf_counter() - began})
+        else:
+            skip(streams, ffn)
+            note = "stays dense"
+        stages.save(
+            STREAMS,
+            {"dense": streams.dense_NLH, "converted": streams.converted_NLH},
+            {"layer": streams.layer},
+        )
+        observer.advance(1, note)
+
+
+def _resume(
+    model: nn.Module,
+    ffns: Sequence[FFN],
+    chunks: Tensor,
+    config: ConvertConfig,
+    stages: Stages,
+    gates: str,
+) -> Streams:
+    """The streams where an earlier start left them, the layers before them converted."""
+    streams = start_streams(model, ffns, chunks)
+    stored = stages.load(STREAMS)
+    if stored is None:
+        return streams
+    tensors, about = stored
+    streams.dense_NLH, streams.converted_NLH = tensors["dense"], tensors["converted"]
+    streams.layer = about["layer"]
+    wanted = set(config.layers_of(len(ffns)))
+    for ffn in ffns[: streams.layer]:
+        if ffn.layer in wanted:
+            _load(stages, ffn, config).install(ffn, gates)
+    return streams
+
+
+def _save(stages: Stages, ffn: FFN, converted: ConvertedLayer) -> None:
+    refit = converted.refit
+    stages.save(
+        f"layer-{ffn.layer:03d}",
+        {
+            "labels": converted.partition.labels_F,
+            "router": converted.router_NH,
+            "down": converted.weights.down_HF,
+            "load": converted.load_N,
+        },
+        {"lam": refit.lam, "error": refit.error, "error_before": refit.error_before},
+    )
+
+
+def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> ConvertedLayer:
+    stored = stages.load(f"layer-{ffn.layer:03d}")
+    if stored is None:
+        raise ValueError(
+            f"the stage file of layer {ffn.layer} is missing in {stages.folder}, later ones are there. "
+            "Delete that folder to start from the beginning."
+        )
+    tensors, about = stored
+    weights = ffn.read()
+    return ConvertedLayer(
+        weights=replace(weights, down_HF=tensors["down"]),
+        partition=Partition(tensors["labels"]),
+        router_NH=tensors["router"],
+        shape=config.shape_for(weights.neurons),
+        refit=Refit(tensors["down"], about["lam"], about["error"], about["error_before"]),
+        load_N=tensors["load"],
+    )
+
+
+def _described(ffn: FFN, converted: ConvertedLayer) -> dict[str, Any]:
+    refit = converted.refit
+    return {
+        "kind": "layer",
+        "layer": ffn.layer,
+        "error": refit.error,
+        "error_before_refit": refit.error_before,
+        "lam": refit.lam if math.isfinite(refit.lam) else None,
+        "load": [round(float(load), 4) for load in converted.load_N],
+    }

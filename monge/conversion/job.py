@@ -1,0 +1,166 @@
+"""A conversion in progress: what is converted, on which text, and where its files lie."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monge.conversion.config import ConvertConfig
+from monge.conversion.corpus import ConversionCorpus, open_corpus
+from monge.conversion.exporting import TARGETS
+from monge.conversion.exporting.choice import suited_gates
+from monge.conversion.ffn import find_ffns
+from monge.conversion.observer import Observer
+from monge.conversion.partition import METHODS
+from monge.conversion.plan import Plan, make_plan
+from monge.conversion.source import Source, open_model
+from monge.conversion.stages import Stages
+from monge.conversion.types import FFN
+from monge.workspace.records import Record, Records
+from monge.workspace.run import begin_run, check_digest, stored_run
+from monge.workspace.writing import prepare_folder, write_json
+
+IDENTITY = ("kind", "layer", "model", "text", "k_offset")  # rows equal in these tell of the same thing
+COPIES = 6
+"""Sizes of the model that the working files and the checkpoint may take at most."""
+
+
+@dataclass
+class Job:
+    """Everything the stages share.
+
+    Attributes:
+        source: the model that is being converted, in place.
+        reopen: gives the dense model again.
+        gates: of the deployed model, those of the architecture that it will be written as.
+        chunks: calibration inputs, of one size.
+        corpus: None for a model that reads no text.
+        about: what stands in config.json.
+    """
+
+    source: Source
+    reopen: Callable[[], nn.Module]
+    ffns: list[FFN]
+    plan: Plan
+    config: ConvertConfig
+    gates: str
+    chunks: Tensor
+    corpus: ConversionCorpus | None
+    observer: Observer
+    out: Path | None = None
+    stages: Stages = field(default_factory=lambda: Stages(None))
+    records: Records | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def record(self, row: Record) -> None:
+        """Append to records.jsonl, replacing the row that an interrupted start wrote for the same thing."""
+        if self.records is not None:
+            same = {key: row[key] for key in IDENTITY if key in row}.items()
+            self.records.keep(lambda old: not same <= old.items())
+            self.records.append(row)
+
+    def remember(self, **values: Any) -> None:
+        """Add to config.json what was decided before a stage began, such as its number of steps."""
+        self.about |= values
+        if self.out is not None:
+            write_json(self.out / "config.json", self.about)
+
+
+def open_job(
+    model: str | Path | nn.Module,
+    config: ConvertConfig,
+    out: Path | None,
+    tokenizer: Any,
+    inputs: Tensor | None,
+    observer: Observer,
+) -> Job:
+    """Open model, text and folder, and find out before any work what cannot be done.
+
+    Raises:
+        ValueError: a model, text or setting that cannot be used, or a folder of another conversion.
+        OSError: the folder cannot be written or is too small.
+    """
+    _check_method(config)
+    source, reopen = _open(model, tokenizer)
+    ffns = find_ffns(source.model)
+    plan = make_plan(source, ffns, config)
+    if out is not None:
+        prepare_folder(out, needed=COPIES * sum(p.nbytes for p in source.model.parameters()))
+    stored = None if out is None else stored_run(out, "convert", asdict(config))
+    if stored is not None and out is not None:
+        check_digest(out, "model", stored["source"]["digest"], source.digest)
+    corpus = None
+    if inputs is None:
+        corpus = open_corpus(source.tokenizer, config)
+        chunks, digest = corpus.calibration_NL, corpus.digest
+    else:
+        chunks, digest = inputs, hashlib.sha256(inputs.contiguous().numpy().tobytes()).hexdigest()
+    job = Job(source, reopen, ffns, plan, config, _gates(source, ffns, config), chunks, corpus, observer)
+    if out is None:
+        return job
+    job.out, job.stages, job.records = out, Stages(out / "stages"), Records(out / "records.jsonl")
+    if stored is not None:
+        check_digest(out, "text", stored["data"]["digest"], digest)
+        job.about = stored
+    else:
+        job.about = begin_run(
+            out,
+            "convert",
+            asdict(config),
+            source={"name": source.name, "digest": source.digest},
+            data={"files": corpus.lists if corpus else {}, "digest": digest},
+            plan=asdict(plan),
+        )
+    return job
+
+
+def _gates(source: Source, ffns: list[FFN], config: ConvertConfig) -> str:
+    """A name of `monge.conversion.building.GATE_SCALES`."""
+    if config.gates == "binary":
+        return config.gates
+    shape = config.shape_for(ffns[0].read().neurons)
+    return suited_gates(type(source.model).__name__, shared=shape.shared > 0)
+
+
+def _check_method(config: ConvertConfig) -> None:
+    for name in (config.method, config.start):
+        if name and name not in METHODS:
+            raise ValueError(f"there is no method {name!r}; methods: {', '.join(METHODS)}")
+    if config.start and METHODS[config.method].function is not None:
+        raise ValueError(f"start={config.start!r} is for method dot, which can start from a partition")
+    dense = METHODS[config.method].dense or (config.start and METHODS[config.start].dense)
+    if dense and (config.start or config.router == "trained"):
+        raise ValueError("static pruning has no experts: it is no start and has no router to train")
+    if config.to not in ("auto", *TARGETS):
+        raise ValueError(f"there is no target {config.to!r}; targets: auto, {', '.join(TARGETS)}")
+
+
+def _open(model: str | Path | nn.Module, tokenizer: Any) -> tuple[Source, Callable[[], nn.Module]]:
+    if not isinstance(model, nn.Module):
+        source = open_model(model)
+        return source, lambda: open_model(model).model
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"model has {parameter.dtype} weights: convert it in float32, `model.float()`")
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().numpy().tobytes())
+    name = type(model).__name__
+    causal = getattr(model, "get_output_embeddings", lambda: None)() is not None and "CausalLM" in name
+    source = Source(
+        model=copy.deepcopy(model).eval(),
+        tokenizer=tokenizer,
+        config=getattr(model, "config", None),
+        name=name,
+        path=Path(),
+        digest=digest.hexdigest(),
+        causal=causal,
+    )
+    return source, lambda: copy.deepcopy(model).eval()

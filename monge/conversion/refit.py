@@ -1,0 +1,147 @@
+"""Refit of the output projection: the linear map that best makes up for the neurons a token does without.
+
+Shapes: T tokens, F neurons, H model width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LAMBDAS = (0.03, 0.1, 0.3, 1.0)
+"""Ridge parameters tried, in units of the geometric mean of a neuron's energy and the mean energy."""
+SMALLEST = 1e-30  # penalty of a feature that is always zero
+CHUNK = 2048  # tokens per Gram update: float32 products, summed in float64
+
+
+class Refit(NamedTuple):
+    """Attributes:
+    down_HF: the new projection.
+    lam: the ridge parameter chosen; infinite where no refit was better.
+    error: weighted relative error on the held-out tokens, sum w |t - y|^2 / sum w |t|^2.
+    error_before: the same with the projection as it was.
+    """
+
+    down_HF: Tensor
+    lam: float
+    error: float
+    error_before: float
+
+
+def token_weights(y_TH: Tensor, target_TH: Tensor) -> Tensor:
+    """(T,) ``1 / (max(|y|^2, |t|^2) + median |y|^2)``, scaled to mean 1.
+
+    A relative error, bounded where the output is small and where it is huge: a few tokens with massive
+    activations would else decide the fit of the middle layers.
+    """
+    y_T, target_T = y_TH.square().sum(1), target_TH.square().sum(1)
+    weight_T = 1 / (torch.maximum(y_T, target_T) + y_T.median()).clamp_min(torch.finfo(y_T.dtype).tiny)
+    return weight_T / weight_T.mean()
+
+
+def ridge(gram_FF: Tensor, cross_FH: Tensor, penalty_F: Tensor) -> Tensor:
+    """(F, H) float64: ``argmin_W |w^(1/2) (t - h W)|^2 + sum_f p_f |W_f|^2 = (S + diag p)^-1 C``.
+
+    Args:
+        gram_FF: S = sum w h h^T.
+        cross_FH: C = sum w h t^T.
+        penalty_F: p, not negative.
+
+    Raises:
+        ValueError: the system is singular to working precision.
+    """
+    system_FF = gram_FF.double().clone()
+    system_FF.diagonal().add_(penalty_F.clamp_min(SMALLEST))
+    lower_FF, info = torch.linalg.cholesky_ex(system_FF)
+    if int(info):
+        raise ValueError(
+            f"ridge regression of {gram_FF.shape[0]} features fails: the Gram matrix is not positive "
+            "definite; activations may be NaN or infinite"
+        )
+    return torch.cholesky_solve(cross_FH.double(), lower_FF)
+
+
+def weighted_gram(
+    hidden_TF: Tensor, target_TH: Tensor, weight_T: Tensor, keep_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(sum w h h^T (F, F), sum w h t^T (F, H))`` over the kept tokens, summed in float64."""
+    F, H = hidden_TF.shape[1], target_TH.shape[1]
+    gram_FF = hidden_TF.new_zeros((F, F), dtype=torch.float64)
+    cross_FH = hidden_TF.new_zeros((F, H), dtype=torch.float64)
+    for start in range(0, len(weight_T), CHUNK):
+        part = slice(start, start + CHUNK)
+        keep_t = keep_T[part]
+        hidden_tF = hidden_TF[part][keep_t]
+        weighted_Ft = (hidden_tF * weight_T[part][keep_t, None]).t()
+        gram_FF += weighted_Ft @ hidden_tF
+        cross_FH += weighted_Ft @ target_TH[part][keep_t]
+    return gram_FF, cross_FH
+
+
+def refit_down(
+    hidden_TF: Tensor,
+    target_TH: Tensor,
+    weight_T: Tensor,
+    held_out_T: Tensor,
+    down_HF: Tensor,
+    *,
+    lambdas: tuple[float, ...] = LAMBDAS,
+) -> Refit:
+    """Ridge regression of the targets on the gated activations, drawn towards the projection as it was.
+
+    ``W = argmin sum_t w_t |t_t - W h_t|^2 + lambda sum_f p_f |W_f - Wd_f|^2``, the penalty p_f being the
+    geometric mean of S_ff and the mean of the diagonal, with S the Gram matrix: between a penalty equal for all
+    neurons, which holds back the rare ones too much, and one in proportion to their energy. Fitted without the
+    held-out tokens for every lambda; with the best one on all. Where none beats the old projection, it stays.
+
+    Drawn towards zero instead, the error of layers of SmolLM2 is 3 to 10 % larger.
+
+    Args:
+        hidden_TF: gated activations.
+        target_TH: what the layer should add to the residual stream (output bias taken off).
+        weight_T: weights of the tokens.
+        held_out_T: bool, the tokens that choose lambda.
+        down_HF: Wd, the projection as it is.
+    """
+    old_FH = down_HF.double().t()
+    fit = _moments(hidden_TF, target_TH, weight_T, ~held_out_T)
+    check = _moments(hidden_TF, target_TH, weight_T, held_out_T)
+    total = max(check.squared, 1e-300)
+    before = check.error(old_FH) / total
+    best = Refit(down_HF, float("inf"), before, before)
+    for lam in lambdas:
+        if (now := check.error(fit.solve(lam, old_FH)) / total) < best.error:
+            best = best._replace(lam=lam, error=now)
+    if best.lam < float("inf"):
+        whole = _Moments(
+            fit.gram_FF + check.gram_FF, fit.cross_FH + check.cross_FH, fit.squared + check.squared
+        )
+        whole_FH = whole.solve(best.lam, old_FH)
+        best = best._replace(down_HF=whole_FH.t().to(down_HF.dtype).contiguous())
+    return best
+
+
+class _Moments(NamedTuple):
+    """All that least squares needs of the tokens: S (F, F), C (F, H) and sum w |t|^2, float64."""
+
+    gram_FF: Tensor
+    cross_FH: Tensor
+    squared: float
+
+    def solve(self, lam: float, old_FH: Tensor) -> Tensor:
+        """(F, H) the projection for one lambda."""
+        energy_F = self.gram_FF.diagonal()
+        penalty_F = lam * (energy_F * energy_F.mean()).sqrt()
+        return old_FH + ridge(self.gram_FF, self.cross_FH - self.gram_FF @ old_FH, penalty_F)
+
+    def error(self, weight_FH: Tensor) -> float:
+        """``sum w |t - W h|^2``."""
+        explained = 2 * self.cross_FH - self.gram_FF @ weight_FH
+        return self.squared - float((weight_FH * explained).sum())
+
+
+def _moments(hidden_TF: Tensor, target_TH: Tensor, weight_T: Tensor, keep_T: Tensor) -> _Moments:
+    squared_T = weight_T.double() * target_TH.square().sum(1, dtype=torch.float64)
+    return _Moments(*weighted_gram(hidden_TF, target_TH, weight_T, keep_T), float(squared_T[keep_T].sum()))

@@ -1,0 +1,107 @@
+"""How the router of a converted layer learns: a sigmoid straight-through estimator for the time of training.
+
+The deployed gates, softmax(eps z) over the k chosen, hardly depend on z (eps = 2^-5 or 2^-40), so their own
+gradient teaches the router nothing. While it trains, the gate of every expert is
+
+    g + (s - sg(s)) / k,    s = sigmoid(2 (z - threshold)),    threshold = (z_(k) + z_(k+1)) / 2
+
+with g = 0 where it was not chosen, sg the gradient's stop and z_(k) the k-th largest logit. The value is g to
+the last bit; the slope says what the loss would do if the expert were more, or less, likely to be chosen. The
+factor k is folded into the experts' weights, so that s stands beside a gate k g of about 1.
+
+Shapes: T tokens, E experts, K slots per token, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from monge.conversion.all_experts import AllExperts
+from monge.moe import MoE
+from monge.moe.experts import Experts
+from monge.routing.gates import gates_of, top_k_of
+from monge.routing.router import Batch, Choice, Router
+from monge.routing.topk import TopK
+
+SLOPE = 2.0  # of the sigmoid, at logits of standard deviation 1
+
+
+class StraightThrough(Router):
+    """The router of a converted layer while it is trained: the gates of ``router``, bit by bit.
+
+    Its ``weight`` is that of z, ``router.weight / scale``, so that the optimizer moves z as it moves other
+    things. ``scale`` is a power of two, so nothing is rounded on the way there and back.
+
+    Args:
+        router: the top-k router of the layer.
+        scale: eps.
+
+    Source: arXiv 1308.3432 (straight-through estimator).
+    """
+
+    def __init__(self, router: TopK, scale: float) -> None:
+        super().__init__(
+            router.dim,
+            router.num_experts,
+            router.top_k,
+            layer=router.layer,
+            bias=router.bias is not None,
+            device=router.weight.device,
+            dtype=router.weight.dtype,
+        )
+        self.renormalise, self.scale = router.renormalise, scale
+        _copy(router, self, 1 / scale)
+
+    def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
+        chosen_TK = top_k_of(logits_TE, self.top_k)
+        gates_TK = gates_of(logits_TE * self.scale, chosen_TK, renormalise=self.renormalise)
+        weights_TE = torch.zeros_like(logits_TE).scatter(1, chosen_TK, gates_TK)
+        if self.top_k < self.num_experts:
+            with torch.no_grad():
+                rest_TE = logits_TE.scatter(1, chosen_TK, -torch.inf)
+                threshold_T = (logits_TE.gather(1, chosen_TK[:, -1:])[:, 0] + rest_TE.amax(dim=1)) / 2
+            s_TE = torch.sigmoid(SLOPE * (logits_TE - threshold_T[:, None]))
+            weights_TE = weights_TE + (s_TE - s_TE.detach()) / self.top_k
+        all_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
+        return Choice(all_TE, weights_TE)
+
+
+@contextmanager
+def straight_through(model: nn.Module, scale: float) -> Iterator[list[StraightThrough]]:
+    """Within the context the converted layers of ``model`` train: `StraightThrough` routers, `AllExperts`.
+
+    Afterwards, also after an exception, they have their own modules again, with what was learned.
+
+    Raises:
+        ValueError: a layer has another router than the top-k that conversions make.
+    """
+    replaced: list[tuple[MoE, TopK, Experts]] = []
+    try:
+        for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+            router = layer.router
+            if not isinstance(router, TopK):
+                raise ValueError(
+                    f"a converted layer routes by top-k, this one by {type(router).__name__}: train it with "
+                    "its own router"
+                )
+            replaced.append((layer, router, layer.experts))
+            layer.register_module("router", StraightThrough(router, scale))
+            layer.register_module("experts", AllExperts(layer.experts))
+        yield [layer.router for layer, _, _ in replaced if isinstance(layer.router, StraightThrough)]
+    finally:
+        for layer, router, experts in replaced:
+            if isinstance(layer.router, StraightThrough):
+                _copy(layer.router, router, scale)
+            layer.register_module("router", router)
+            layer.register_module("experts", experts)
+
+
+@torch.no_grad()
+def _copy(source: Router, target: Router, factor: float) -> None:
+    target.weight.copy_(source.weight * factor)
+    if source.bias is not None and target.bias is not None:
+        target.bias.copy_(source.bias * factor)

@@ -1,0 +1,128 @@
+"""The stages of a conversion that train: joint alignment before the closed form, fine-tuning after it.
+
+Shapes: N sequences, L tokens in each, C clusters of tokens, F neurons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from monge.conversion.alignment import AlignmentConfig, align
+from monge.conversion.budget import plan_steps
+from monge.conversion.closed_form import divide_layers
+from monge.conversion.finetune import finetune
+from monge.conversion.importance import neuron_importance
+from monge.conversion.job import Job
+from monge.conversion.partition import METHODS
+from monge.conversion.teacher import Head, Teacher
+from monge.conversion.types import Partition
+
+MOST_STEPS = 100_000  # of fine-tuning: bounds the text that is drawn before the number of steps is known
+
+
+def importance_of(job: Job) -> dict[int, Tensor]:
+    """(C, F) gradient statistics by layer, for the method that needs them."""
+    if not any(METHODS[name].needs_gradients for name in (job.config.method, job.config.start) if name):
+        return {}
+    stored = job.stages.load("importance")
+    if stored is None:
+        clusters = job.config.shape_for(job.ffns[0].read().neurons).routed
+        found = neuron_importance(
+            job.source.model, job.ffns, job.chunks, clusters, job.config.seed, observer=job.observer
+        )
+        stored = {str(ffn.layer): value for ffn, value in zip(job.ffns, found)}, {}
+        job.stages.save("importance", *stored)
+    return {int(layer): value for layer, value in stored[0].items()}
+
+
+def aligned_partitions(job: Job, importance: dict[int, Tensor]) -> dict[int, Partition]:
+    """Partitions and routers by layer from joint training, where the settings ask for it."""
+    config = job.config
+    learned = METHODS[config.method].function is None
+    if not learned and config.router != "trained":
+        return {}
+    wanted = config.layers_of(len(job.ffns))
+    ffns = [ffn for ffn in job.ffns if ffn.layer in wanted]
+    stored = job.stages.load("aligned")
+    if stored is None:
+        start = config.start if learned else config.method
+        partitions = None
+        if start:
+            first = replace(config, method=start, router="ridge")
+            partitions = divide_layers(
+                job.source.model, job.ffns, job.chunks, first, importance, job.observer
+            )
+        result = align(
+            job.source.model,
+            ffns,
+            list(job.chunks.split(config.batch)),
+            [config.shape_for(ffn.read().neurons) for ffn in ffns],
+            partitions=partitions,
+            config=AlignmentConfig(learn_partition=learned),
+            steps=config.align_steps,
+            seed=config.seed,
+            checkpoint=job.stages.path("alignment"),
+            observer=job.observer,
+        )
+        tensors = {}
+        for ffn, partition in zip(ffns, result.partitions):
+            tensors[f"labels.{ffn.layer}"] = partition.labels_F
+            if partition.router_NH is not None:
+                tensors[f"router.{ffn.layer}"] = partition.router_NH.detach()
+        stored = tensors, {}
+        job.stages.save("aligned", *stored)
+    tensors, _ = stored
+    return {layer: Partition(tensors[f"labels.{layer}"], tensors.get(f"router.{layer}")) for layer in wanted}
+
+
+def finetune_model(job: Job) -> None:
+    """Fine-tune the converted model within the budget, whose number of steps config.json has from the start.
+
+    Raises:
+        ValueError: the model is no causal language model on text.
+    """
+    config = job.config
+    if not config.minutes:
+        return
+    if job.corpus is None or not job.source.causal:
+        raise ValueError(
+            f"{job.source.name} does not predict text: fine-tuning (minutes={config.minutes}) needs that"
+        )
+    dense = job.reopen()
+    if "finetune_steps" not in job.about:
+        few_NL = training_chunks(job, 64)
+        steps = min(
+            MOST_STEPS,
+            plan_steps(job.source.model, dense, few_NL, minutes=config.minutes, config=config),
+        )
+        job.remember(finetune_steps=steps)
+    steps = job.about["finetune_steps"]
+    chunks_NL = training_chunks(job, steps * config.batch)
+    path = job.stages.path("teacher")
+    if path is not None and path.exists():
+        teacher = Teacher.load(path, Head.of(dense, chunks_NL[:1, :8]))
+    else:
+        teacher = Teacher.of(dense, chunks_NL, job.observer)
+        if path is not None:
+            teacher.save(path)
+    del dense
+    finetune(
+        job.source.model,
+        chunks_NL,
+        teacher,
+        steps=steps,
+        config=config,
+        checkpoint=job.stages.path("finetune"),
+        observer=job.observer,
+        records=job.records,
+    )
+
+
+def training_chunks(job: Job, count: int) -> Tensor:
+    """The first ``count`` sequences (N, L) of the training order."""
+    assert job.corpus is not None
+    return torch.stack(list(islice(job.corpus.training_order(job.config.seed), count)))
