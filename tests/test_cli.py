@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from viz.fake_records import write_fake_run
@@ -112,8 +113,31 @@ def test_the_preset_is_the_default_of_the_other_options(lab, tmp_path, spelling)
     assert lab.config.steps == PRESETS["quick"].steps
 
 
-def test_the_demo_is_one_seed_of_the_quick_preset(lab, tmp_path):
+def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path, monkeypatch, capsys):
+    from monge import conversion
+    from monge.cli import demo
+    from monge.conversion import generation, source
+
+    asked, written = [], []
+
+    def convert(model, settings, *, out, observer):
+        asked.append((model, settings.method, settings.ffn_active, settings.tokens, out.name))
+        summary = {"perplexity": 12.0, "perplexity_dense": 10.0, "kl": 0.2, "agreement": 0.8}
+        summary |= {"params_active": 70, "params_total": 100}
+        return conversion.ConvertResult(settings.method, None, settings, summary, out)
+
+    monkeypatch.setattr(conversion, "convert", convert)
+    monkeypatch.setattr(source, "default_model", lambda: "smol")
+    monkeypatch.setattr(source, "open_model", lambda model: SimpleNamespace(model="dense", tokenizer=None))
+    monkeypatch.setattr(
+        generation, "generate_text", lambda model, *_, **__: written.append(model) or f" {model} text"
+    )
     assert main(["demo", "--out", str(tmp_path)]) == 0
+    assert asked == [("smol", method, 0.5, 8192, method) for method in demo.METHODS]
+    assert written == ["dense", "ot_lloyd"] * len(demo.PROMPTS)
+    printed = capsys.readouterr().out
+    assert "1.20x" in printed
+    assert "ot_lloyd text" in printed
     assert lab.config.seeds == 1
     assert lab.config.routers == ("dense", "topk", "ssr", "maxscore", "prices")
     assert lab.config.steps == PRESETS["quick"].steps
@@ -130,7 +154,7 @@ def test_report_draws_again(tmp_path, capsys):
     ("words", "said"),
     [
         ("comapre", "Did you mean 'compare'?"),
-        ("convert", "there is no command 'convert'"),
+        ("konvert", "Did you mean 'convert'?"),
         ("compare --preset quik", "Did you mean 'quick'?"),
         ("compare --preset", "there is no preset ''"),
         ("compare --routers topk nosuch --out {out}", "'nosuch'"),

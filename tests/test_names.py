@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import monge
+from monge.conversion import ConvertConfig
 
 
 def submodules() -> list[str]:
@@ -40,6 +41,15 @@ def _model():
     return monge.MoE(8, 16, 4, 2, router="prices")
 
 
+def _convert(folder):
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = ViTModel(ViTConfig(**sizes, image_size=4, patch_size=2))
+    config = ConvertConfig(experts=4, threads=1)
+    return monge.convert(vit, config, inputs=torch.randn(64, 3, 4, 4), out=folder)
+
+
 CALLS = {
     "MoE": _model,
     "Routing": lambda: monge.Routing(
@@ -52,13 +62,15 @@ CALLS = {
 }
 
 
-def test_every_top_level_name_is_called():
+def test_every_top_level_name_is_called(tmp_path):
     for module in submodules():
         importlib.import_module(module)
     functions = {n for n in monge.__all__ if not isinstance(getattr(monge, n), (types.ModuleType, str))}
-    assert functions == set(CALLS)
+    assert functions == {*CALLS, "convert", "export", "load"}
     for call in CALLS.values():
         call()
+    converted = _convert(tmp_path / "run")
+    assert monge.load(monge.export(converted, tmp_path / "export")) is not None
 
 
 def test_the_public_surface_is_small():

@@ -40,7 +40,7 @@ COMMANDS = {
     ),
     "eval": Command("monge.cli.eval", "measure what a converted model kept, and what it saves", resumes=True),
     "generate": Command("monge.cli.generate", "write text with a dense or a converted model"),
-    "report": Command("monge.cli.report", "draw the figures and the report of a comparison again"),
+    "report": Command("monge.cli.report", "draw the figures and the report of a run again"),
 }
 
 

@@ -1,32 +1,91 @@
-"""`monge demo`: the quick comparison with one seed, to see what this is about."""
+"""`monge demo`: both halves of the library in minutes, on a real pretrained model and real text.
+
+    convert SmolLM2 --> beside random split and static pruning --> write with both --> quick router comparison
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from monge.cli.compare import compare_and_report
+from monge.cli.observing import make_stage_progress
+from monge.cli.terminal import make_console, say
+from monge.conversion.config import ConvertConfig
 from monge.lab.presets import PRESETS
 
 ROUTERS = ("dense", "topk", "ssr", "maxscore", "prices")
+METHODS = ("ot_lloyd", "static", "random")
+CONVERSION = ConvertConfig(ffn_active=0.5, tokens=8_192, eval_tokens=4_096)
+PROMPTS = (
+    "My fellow citizens, the state of our union is",
+    "Water is made of",
+)
+WRITTEN = 32  # tokens after each prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train a dense model and four with experts, routed by top-k, SSR, MaxScore and prices, on real text.
+    """Convert SmolLM2-135M to a Mixture of Experts, then train small models with experts, all on real text.
 
-    One seed each: a demonstration, no ranking. `monge compare` has more seeds and every option.
+    Half of the FFN neurons stay active; random division and static pruning stand beside the conversion, all
+    refitted in the same way. Then a dense model and four with experts are trained, routed by top-k, SSR,
+    MaxScore and prices. One seed each: a demonstration, no ranking. `monge convert` and `monge compare` have
+    every option.
     """
 
     out: Path = Path("runs/demo")
-    """Folder for records, figures and report.html; created if missing."""
+    """Folder for convert/ and compare/, with records, figures and report.html; created if missing."""
     debug: bool = False  # `main` has read it already; declared for the help
     """Show the traceback of an error."""
 
 
 def run(arguments: list[str]) -> None:
-    """Parse, train, report."""
+    """Parse, convert, train, report."""
     parsed = tyro.cli(Arguments, args=arguments, prog="monge demo", config=(tyro.conf.FlagCreatePairsOff,))
-    compare_and_report(replace(PRESETS["quick"], routers=ROUTERS, seeds=1), parsed.out)
+    _convert(parsed.out / "convert")
+    compare_and_report(replace(PRESETS["quick"], routers=ROUTERS, seeds=1), parsed.out / "compare")
+
+
+def _convert(out: Path) -> None:
+    """The conversion beside its baselines, then a few sentences of the dense and the converted model."""
+    from monge.conversion import convert
+    from monge.conversion.generation import generate_text
+    from monge.conversion.source import default_model, open_model
+
+    console = make_console()
+    source = default_model()
+    results = {}
+    for method in METHODS:
+        say(console, f"SmolLM2 by {method}: {CONVERSION.ffn_active:.0%} of the FFN neurons active")
+        with make_stage_progress(console) as progress:
+            settings = replace(CONVERSION, method=method)
+            results[method] = convert(source, settings, out=out / method, observer=progress)
+    _print(console, {method: result.summary for method, result in results.items()})
+    dense = open_model(source)
+    for prompt in PROMPTS:
+        for name, model in (("dense", dense.model), ("converted", results[METHODS[0]].model)):
+            text = generate_text(model, dense.tokenizer, prompt, tokens=WRITTEN)
+            say(console, f"{name:<10}{prompt}{text.rstrip()}".replace("\n", " "))
+
+
+def _print(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
+    table = Table("method", "perplexity", "of dense", "KL", "same choice", "active", box=box.SIMPLE_HEAD)
+    dense = next(iter(summaries.values()))["perplexity_dense"]
+    table.add_row("dense", f"{dense:.2f}", "1.00x", "0", "100%", "100%")
+    for method, summary in summaries.items():
+        table.add_row(
+            method,
+            f"{summary['perplexity']:.2f}",
+            f"{summary['perplexity'] / dense:.2f}x",
+            f"{summary['kl']:.3f}",
+            f"{summary['agreement']:.0%}",
+            f"{summary['params_active'] / summary['params_total']:.0%}",
+        )
+    console.print(table)

@@ -15,7 +15,7 @@ Shapes: N sequences, L tokens in each, T = N L, H model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -87,14 +87,21 @@ def start_streams(model: nn.Module, ffns: Sequence[FFN], chunks: Tensor) -> Stre
     return Streams(layers, calls, dense_NLH, dense_NLH.clone())
 
 
-def observe(streams: Streams, ffn: FFN) -> Observation:
+def observe(streams: Streams, ffn: FFN, between: Callable[[Tensor], None] | None = None) -> Observation:
     """Run the layer of ``ffn``, still dense, on both streams; the dense stream moves past it.
+
+    Args:
+        between: is called after the dense stream's pass and before the converted one's, with the drift (T, H)
+            of the residual before the layer in units of y; not where y is not simply added.
 
     Raises:
         ValueError: an activation is NaN or infinite.
     """
     factor = _factor(streams, ffn)
-    dense_NLH, x_dense_TH, y_dense_TH = _run(streams, ffn, streams.dense_NLH)
+    before_NLH = streams.dense_NLH
+    dense_NLH, x_dense_TH, y_dense_TH = _run(streams, ffn, before_NLH)
+    if between is not None and factor is not None:
+        between(((before_NLH - streams.converted_NLH) / factor).flatten(0, 1))
     out_NLH, x_TH, y_TH = _run(streams, ffn, streams.converted_NLH)
     check_finite(dense_NLH, f"layer {ffn.layer}")
     check_finite(out_NLH, f"layer {ffn.layer} of the converted model")

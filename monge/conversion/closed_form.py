@@ -11,14 +11,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from monge.conversion.attention import put_attention, refit_attention
 from monge.conversion.calibrate import Streams, advance, observe, skip, start_streams
 from monge.conversion.config import ConvertConfig
-from monge.conversion.layerwise import ConvertedLayer, convert_layer, divide_layer
+from monge.conversion.layerwise import ALPHA, ConvertedLayer, convert_layer, divide_layer, held_out
 from monge.conversion.observer import Observer
 from monge.conversion.refit import Refit
 from monge.conversion.stages import Stages
@@ -84,7 +86,9 @@ def convert_layers(
     for ffn in ffns[streams.layer :]:
         began = time.perf_counter()
         if ffn.layer in wanted:
-            seen, weights = observe(streams, ffn), ffn.read()
+            attention: dict[str, Tensor] = {}
+            between = partial(_refit_attention, streams, ffn, attention) if config.refit else None
+            seen, weights = observe(streams, ffn, between), ffn.read()
             converted, y_TH = convert_layer(
                 seen,
                 weights,
@@ -97,7 +101,7 @@ def convert_layers(
             )
             converted.install(ffn, gates)
             advance(streams, ffn, seen, y_TH)
-            _save(stages, ffn, converted)
+            _save(stages, ffn, converted, attention)
             note = f"error {converted.refit.error:.3f}"
             record({**_described(ffn, converted), "seconds": time.perf_counter() - began})
         else:
@@ -130,11 +134,20 @@ def _resume(
     wanted = set(config.layers_of(len(ffns)))
     for ffn in ffns[: streams.layer]:
         if ffn.layer in wanted:
-            _load(stages, ffn, config).install(ffn, gates)
+            converted, attention_HA = _load(stages, ffn, config)
+            if attention_HA is not None:
+                put_attention(streams, ffn, attention_HA)
+            converted.install(ffn, gates)
     return streams
 
 
-def _save(stages: Stages, ffn: FFN, converted: ConvertedLayer) -> None:
+def _refit_attention(streams: Streams, ffn: FFN, done: dict[str, Tensor], drift_TH: Tensor) -> None:
+    held_out_T = held_out(len(drift_TH), streams.dense_NLH.shape[1]).to(drift_TH.device)
+    if (refit := refit_attention(streams, ffn, drift_TH, held_out_T, ALPHA)) is not None:
+        done["attention"] = refit.down_HF
+
+
+def _save(stages: Stages, ffn: FFN, converted: ConvertedLayer, attention: dict[str, Tensor]) -> None:
     refit = converted.refit
     stages.save(
         f"layer-{ffn.layer:03d}",
@@ -143,12 +156,13 @@ def _save(stages: Stages, ffn: FFN, converted: ConvertedLayer) -> None:
             "router": converted.router_NH,
             "down": converted.weights.down_HF,
             "load": converted.load_N,
+            **attention,
         },
         {"lam": refit.lam, "error": refit.error, "error_before": refit.error_before},
     )
 
 
-def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> ConvertedLayer:
+def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> tuple[ConvertedLayer, Tensor | None]:
     stored = stages.load(f"layer-{ffn.layer:03d}")
     if stored is None:
         raise ValueError(
@@ -157,7 +171,7 @@ def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> ConvertedLayer:
         )
     tensors, about = stored
     weights = ffn.read()
-    return ConvertedLayer(
+    converted = ConvertedLayer(
         weights=replace(weights, down_HF=tensors["down"]),
         partition=Partition(tensors["labels"]),
         router_NH=tensors["router"],
@@ -165,6 +179,7 @@ def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> ConvertedLayer:
         refit=Refit(tensors["down"], about["lam"], about["error"], about["error_before"]),
         load_N=tensors["load"],
     )
+    return converted, tensors.get("attention")
 
 
 def _described(ffn: FFN, converted: ConvertedLayer) -> dict[str, Any]:

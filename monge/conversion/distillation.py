@@ -19,7 +19,7 @@ from monge.conversion.teacher import Head
 KL_WEIGHT = 2.0
 CE_WEIGHT = 1.0
 IGNORED = -100  # target of a token that has none
-CHUNK_BYTES = 2**24  # of one (t, V) matrix: small enough for the C library to reuse, and for an L3 cache
+CHUNK_BYTES = 24 * 2**20  # of one (t, V) matrix: small enough for the C library to reuse, and for an L3 cache
 
 
 class Losses(NamedTuple):

@@ -114,7 +114,7 @@ def open_job(
             out,
             "convert",
             asdict(config),
-            source={"name": source.name, "digest": source.digest},
+            source={"name": source.name, "digest": source.digest, "path": str(source.path)},
             data={"files": corpus.lists if corpus else {}, "digest": digest},
             plan=asdict(plan),
         )
@@ -138,6 +138,10 @@ def _check_method(config: ConvertConfig) -> None:
     dense = METHODS[config.method].dense or (config.start and METHODS[config.start].dense)
     if dense and (config.start or config.router == "trained"):
         raise ValueError("static pruning has no experts: it is no start and has no router to train")
+    if dense and config.layers:
+        raise ValueError(
+            "static pruning needs all layers: a configuration knows one width of FFN (leave out --layers)"
+        )
     if config.to not in ("auto", *TARGETS):
         raise ValueError(f"there is no target {config.to!r}; targets: auto, {', '.join(TARGETS)}")
 

@@ -88,12 +88,11 @@ def convert_layer(
     hidden_TF = sample.hidden_TF
     apply_gates(hidden_TF, gates_TN, partition.labels_F)
 
-    number_T = torch.arange(len(hidden_TF), device=hidden_TF.device) // sequence
     refit = refit_down(
         hidden_TF,
         target_TH,
         sample.weight_T,
-        number_T % HELD_OUT == HELD_OUT - 1,
+        held_out(len(hidden_TF), sequence).to(hidden_TF.device),
         weights.down_HF,
         lambdas=LAMBDAS if config.refit else (),
     )
@@ -110,6 +109,11 @@ def convert_layer(
         load_N=slots_N / slots_N.mean(),
     )
     return converted, out_TH
+
+
+def held_out(tokens: int, sequence: int) -> Tensor:
+    """(T,) bool, every eighth sequence: the tokens that choose lambda."""
+    return (torch.arange(tokens) // sequence) % HELD_OUT == HELD_OUT - 1
 
 
 def divide_layer(

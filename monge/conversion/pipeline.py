@@ -25,6 +25,7 @@ from monge.conversion.config import ConvertConfig
 from monge.conversion.exporting import export
 from monge.conversion.job import Job, open_job
 from monge.conversion.observer import Observer, Silent
+from monge.conversion.temperature import calibrate_certainty
 from monge.conversion.training import aligned_partitions, finetune_model, importance_of
 from monge.workspace.machine import usable_cores
 from monge.workspace.writing import write_json
@@ -118,6 +119,9 @@ def _transform(job: Job) -> None:
         observer=job.observer,
         record=job.record,
     )
+    if job.config.refit and job.source.causal and job.corpus is not None:
+        scale = calibrate_certainty(job.source.model, job.reopen(), job.corpus.selection_NL)
+        job.record({"kind": "scale", "scale": scale})
     finetune_model(job)
 
 

@@ -1,7 +1,8 @@
 """How the router of a converted layer learns: a sigmoid straight-through estimator for the time of training.
 
-The deployed gates, softmax(eps z) over the k chosen, hardly depend on z (eps = 2^-5 or 2^-40), so their own
-gradient teaches the router nothing. While it trains, the gate of every expert is
+The deployed gates g of the k chosen experts hardly depend on the logits z (`monge.conversion.building`: they
+are functions of eps z, eps = 2^-4 to 2^-40), so their own gradient teaches the router nothing. While it trains,
+the gate of every expert is
 
     g + (s - sg(s)) / k,    s = sigmoid(2 (z - threshold)),    threshold = (z_(k) + z_(k+1)) / 2
 
@@ -21,29 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from monge.conversion.all_experts import AllExperts
+from monge.conversion.building import GATE_SCALES
 from monge.moe import MoE
 from monge.moe.experts import Experts
-from monge.routing.gates import gates_of, top_k_of
 from monge.routing.router import Batch, Choice, Router
+from monge.routing.sigmoid import Sigmoid
 from monge.routing.topk import TopK
 
 SLOPE = 2.0  # of the sigmoid, at logits of standard deviation 1
 
 
 class StraightThrough(Router):
-    """The router of a converted layer while it is trained: the gates of ``router``, bit by bit.
+    """A converted layer's ``router`` while it is trained: its routes and gates bit by bit, for all experts.
 
     Its ``weight`` is that of z, ``router.weight / scale``, so that the optimizer moves z as it moves other
     things. ``scale`` is a power of two, so nothing is rounded on the way there and back.
 
     Args:
-        router: the top-k router of the layer.
+        router: the router of the layer.
         scale: eps.
 
     Source: arXiv 1308.3432 (straight-through estimator).
     """
 
-    def __init__(self, router: TopK, scale: float) -> None:
+    def __init__(self, router: TopK | Sigmoid, scale: float) -> None:
         super().__init__(
             router.dim,
             router.num_experts,
@@ -53,49 +55,56 @@ class StraightThrough(Router):
             device=router.weight.device,
             dtype=router.weight.dtype,
         )
-        self.renormalise, self.scale = router.renormalise, scale
+        self._deployed = (router,)  # in a tuple, so that its weight is no parameter here
+        self.scale = scale
         _copy(router, self, 1 / scale)
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
-        chosen_TK = top_k_of(logits_TE, self.top_k)
-        gates_TK = gates_of(logits_TE * self.scale, chosen_TK, renormalise=self.renormalise)
+        (router,), k = self._deployed, self.top_k
+        chosen_TK, gates_TK, *_ = router.choose(logits_TE * self.scale, batch)
         weights_TE = torch.zeros_like(logits_TE).scatter(1, chosen_TK, gates_TK)
-        if self.top_k < self.num_experts:
+        if k < self.num_experts:
             with torch.no_grad():
                 rest_TE = logits_TE.scatter(1, chosen_TK, -torch.inf)
                 threshold_T = (logits_TE.gather(1, chosen_TK[:, -1:])[:, 0] + rest_TE.amax(dim=1)) / 2
             s_TE = torch.sigmoid(SLOPE * (logits_TE - threshold_T[:, None]))
-            weights_TE = weights_TE + (s_TE - s_TE.detach()) / self.top_k
+            weights_TE = weights_TE + (s_TE - s_TE.detach()) / k
         all_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
         return Choice(all_TE, weights_TE)
 
 
 @contextmanager
-def straight_through(model: nn.Module, scale: float) -> Iterator[list[StraightThrough]]:
+def straight_through(model: nn.Module, gates: str) -> Iterator[list[StraightThrough]]:
     """Within the context the converted layers of ``model`` train: `StraightThrough` routers, `AllExperts`.
 
     Afterwards, also after an exception, they have their own modules again, with what was learned.
 
+    Args:
+        gates: "standard" or "binary", as the model was converted; sigmoid routers are known by their class.
+
     Raises:
-        ValueError: a layer has another router than the top-k that conversions make.
+        ValueError: a layer has another router than those of conversions.
     """
-    replaced: list[tuple[MoE, TopK, Experts]] = []
+    replaced: list[tuple[MoE, Router, Experts]] = []
     try:
         for layer in [module for module in model.modules() if isinstance(module, MoE)]:
             router = layer.router
-            if not isinstance(router, TopK):
+            if not isinstance(router, TopK | Sigmoid):
                 raise ValueError(
-                    f"a converted layer routes by top-k, this one by {type(router).__name__}: train it with "
-                    "its own router"
+                    f"a converted layer routes by top-k or sigmoid, this one by {type(router).__name__}: "
+                    "train it with its own router"
                 )
+            trained = StraightThrough(
+                router, GATE_SCALES["sigmoid" if isinstance(router, Sigmoid) else gates]
+            )
             replaced.append((layer, router, layer.experts))
-            layer.register_module("router", StraightThrough(router, scale))
+            layer.register_module("router", trained)
             layer.register_module("experts", AllExperts(layer.experts))
         yield [layer.router for layer, _, _ in replaced if isinstance(layer.router, StraightThrough)]
     finally:
         for layer, router, experts in replaced:
             if isinstance(layer.router, StraightThrough):
-                _copy(layer.router, router, scale)
+                _copy(layer.router, router, layer.router.scale)
             layer.register_module("router", router)
             layer.register_module("experts", experts)
 

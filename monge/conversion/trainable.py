@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from monge.conversion.building import GATE_SCALES
 from monge.conversion.config import ConvertConfig
 from monge.conversion.low_rank import low_rank_updates
 from monge.conversion.straight_through import straight_through
@@ -33,7 +32,7 @@ def trainable_weights(model: nn.Module, config: ConvertConfig) -> Iterator[list[
         try:
             model.eval()
             model.requires_grad_(False)
-            routers = stack.enter_context(straight_through(model, GATE_SCALES[config.gates]))
+            routers = stack.enter_context(straight_through(model, config.gates))
             if config.trainable == "low_rank":
                 updates = stack.enter_context(low_rank_updates(model, config.rank, config.seed))
                 parameters = updates + [weight for router in routers for weight in router.parameters()]

@@ -75,11 +75,11 @@ class MoE(nn.Module):
         router_options: Mapping[str, Any] | None = None,
         activation: str = "swiglu",
         shared_hidden: int = 0,
-        bias: bool = False,
         capacity_factor: float | None = None,
         compute: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if shared_hidden < 0:

@@ -6,30 +6,30 @@ import pytest
 import torch
 
 from monge import MoE
+from monge.conversion.building import GATE_SCALES, ROUTERS_OF_GATES, gate_function
 from monge.conversion.low_rank import low_rank_updates
 from monge.conversion.straight_through import straight_through
 
-SCALES = {"standard": 2.0**-5, "binary": 2.0**-40}
 
-
-def random_layer(scale=2.0**-5, dtype=torch.float64, **options):
+def random_layer(gates="standard", dtype=torch.float64, **options):
     options = {"top_k": 2, "activation": "swiglu", **options}
-    layer = MoE(8, 6, 5, router="topk", router_options={"renormalise": True}, **options).to(dtype)
+    router = ROUTERS_OF_GATES[gate_function(gates)]
+    layer = MoE(8, 6, 5, router=router, router_options={"renormalise": True}, **options).to(dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter))
-        layer.router.weight.mul_(scale)
+        layer.router.weight.mul_(GATE_SCALES[gates])
     return layer
 
 
-@pytest.mark.parametrize("gates", SCALES)
+@pytest.mark.parametrize("gates", GATE_SCALES)
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_gates_are_the_deployed_ones_to_the_last_bit(gates, top_k):
-    layer = random_layer(SCALES[gates], torch.float32, top_k=top_k)
+    layer = random_layer(gates, torch.float32, top_k=top_k)
     x_TD = torch.randn(200, 8)
     deployed = layer.router(x_TD)
     before = layer.router.weight.clone()
-    with straight_through(layer, SCALES[gates]):
+    with straight_through(layer, gates if gates != "sigmoid" else "standard"):
         trained = layer.router(x_TD)
         assert torch.equal(trained.weights.gather(1, deployed.indices), deployed.weights)
         assert (trained.weights != 0).sum() == deployed.weights.numel()
@@ -50,7 +50,7 @@ def test_all_experts_at_once_give_the_layer_and_its_gradients(activation, bias, 
         return out, torch.autograd.grad(out.sin().sum(), weights)
 
     expected, expected_grads = value_and_gradients()
-    with straight_through(layer, 2.0**-5):
+    with straight_through(layer, "standard"):
         out, grads = value_and_gradients()
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     for grad, expected_grad in zip(grads, expected_grads):
@@ -59,7 +59,7 @@ def test_all_experts_at_once_give_the_layer_and_its_gradients(activation, bias, 
 
 def test_gradients_against_finite_differences():
     layer = random_layer(activation="swiglu", bias=True)
-    with straight_through(layer, 2.0**-5):
+    with straight_through(layer, "standard"):
         experts, gates_TE = layer.experts, torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
         indices_TE = torch.arange(5).expand(4, 5)
         x_TD = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -67,12 +67,12 @@ def test_gradients_against_finite_differences():
 
 
 def test_router_gradient_is_that_of_the_sigmoid():
-    layer = random_layer(scale=2.0**-40)  # so that the gates themselves do not depend on z
+    layer = random_layer("binary")  # so that the gates themselves do not depend on z
     x_TD, k = torch.randn(6, 8, dtype=torch.float64), layer.top_k
     outputs_TED = torch.stack(
         [layer.experts(x_TD, torch.full((6, 1), e), torch.ones(6, 1).double()) for e in range(5)], dim=1
     ).detach()
-    with straight_through(layer, 2.0**-40) as (router,):
+    with straight_through(layer, "binary") as (router,):
         z_TE = x_TD @ router.weight.detach().T
         ordered = z_TE.sort(dim=1, descending=True).values
         threshold_T1 = (ordered[:, k - 1 : k] + ordered[:, k : k + 1]) / 2
@@ -90,7 +90,7 @@ def test_the_router_learns_which_expert_lowers_the_loss():
     x_TD = torch.randn(64, 8)
     with torch.no_grad():
         wanted_TD = layer.experts(x_TD, (x_TD[:, :1] > 0).long(), torch.ones(64, 1))  # expert 1 or 0
-    with straight_through(layer, 2.0**-5) as (router,):
+    with straight_through(layer, "standard") as (router,):
         optimizer = torch.optim.Adam([router.weight], lr=0.1)
         for _ in range(100):
             optimizer.zero_grad()
@@ -103,7 +103,7 @@ def test_the_router_learns_which_expert_lowers_the_loss():
 def test_layers_get_their_modules_back_after_an_error():
     layer = random_layer()
     router, experts, names = layer.router, layer.experts, list(layer.state_dict())
-    with pytest.raises(KeyError), straight_through(layer, 2.0**-5):
+    with pytest.raises(KeyError), straight_through(layer, "standard"):
         raise KeyError
     assert layer.router is router
     assert layer.experts is experts
@@ -111,7 +111,10 @@ def test_layers_get_their_modules_back_after_an_error():
 
 
 def test_other_routers_are_refused():
-    with pytest.raises(ValueError, match="routes by top-k"), straight_through(MoE(8, 6, 4, 2), 2.0**-5):
+    with (
+        pytest.raises(ValueError, match="routes by top-k or sigmoid"),
+        straight_through(MoE(8, 6, 4, 2), "standard"),
+    ):
         pass
 
 

@@ -177,6 +177,7 @@ def test_a_killed_process_goes_on(tiny_folder, config, tmp_path):
         ({"to": "gpt5"}, "no target 'gpt5'"),
         ({"start": "ot_lloyd"}, "start='ot_lloyd' is for method dot"),
         ({"method": "static", "router": "trained"}, "static pruning has no experts"),
+        ({"method": "static", "layers": (0, 1)}, "static pruning needs all layers"),
         ({"experts": 64}, "experts=64"),
         ({"tokens": 10_000_000}, "too little text"),
     ],

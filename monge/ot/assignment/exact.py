@@ -23,9 +23,9 @@ numbers are sought, not T E, and three stages find them:
    graph takes in more rows, at last all; if then there is no path, the forbidden pairs leave no assignment
    at all.
 
-The answer is exact whatever the prices of stage 1, which only decide how much is left to repair. ``work``
-counts the paths searched: at most one per unit that stage 2 left unplaced, plus one per enlargement of the
-graph.
+``fitting.py`` is stages 2 and 3 in one compiled call. The answer is exact whatever the prices of stage 1,
+which only decide how much is left to repair. ``work`` counts the paths searched: at most one per unit that
+stage 2 left unplaced, plus one per enlargement of the graph.
 
 Shapes: T rows, E columns, k choices per row, C capacity, n rows of a subset, G classes of equal rows,
 N nodes of the repair graph (E, or E + 1 with unused capacity).

@@ -28,7 +28,7 @@ def fit(score_TE, narrow_TE, error, capacity, slack, start_E, v1_T, v2_T, limit,
     Args:
         score_TE: float32 or float64; ``narrow_TE`` the same in float32, within ``error`` of it.
         slack: E C > T k.
-        start_E: float32 prices to start at, where ``v1_T`` and ``v2_T`` are the rows' k-th and (k+1)-th value.
+        start_E: float32 prices to start at, ``v1_T`` and ``v2_T`` the rows' k-th and (k+1)-th value there.
         limit: most paths to search.
         indices_TK, price_E: int64 and float64, filled in.
 

@@ -23,7 +23,7 @@ from monge.ot.assignment.graph import build, move, refresh, refresh_arc, tied, w
 DONE, BEYOND_CUTOFF, NO_PATH, OUT_OF_WORK = range(4)
 
 
-# Inlined, here and in ``graph.py``: a call counts references of the dozen arrays of a graph, twice.
+# Inlined, like ``move``: a call would count the references to the twelve arrays of a graph up and down.
 @njit(inline="always")
 def _settle(graph, e, nearest, price_N, bound_N, label_N, parent_N):
     """Try the arcs out of node e, which lies at ``nearest``; stale ones that might matter first."""
@@ -63,12 +63,12 @@ def _shortest_path(graph, price_N, distance_N, bound_N, label_N, parent_N):
         distance_N[e] = np.inf
         parent_N[e] = -1
     while True:
-        e, nearest = np.int64(-1), np.inf
+        e, nearest = num_nodes, np.inf
         for f in range(num_nodes):
             if label_N[f] < nearest:
                 e, nearest = f, label_N[f]
-        if e < 0:
-            return e
+        if e == num_nodes:
+            return -1
         distance_N[e], bound_N[e], label_N[e] = nearest, -np.inf, np.inf
         if graph.excess_N[e] < 0:
             return e

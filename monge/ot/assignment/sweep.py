@@ -181,9 +181,10 @@ def _spread(score_TE):
     some, n, top = np.empty(score_TE.size // stride + 1), 0, -np.inf
     for i in range(0, score_TE.size, stride):
         x = np.float64(score_TE[i // num_columns, i % num_columns])
-        some[n] = x
-        n += x > -np.inf
-        top = max(top, x)
+        if x > -np.inf:
+            some[n] = x
+            n += 1
+            top = max(top, x)
     if n == 0:
         return np.float32(1)
     for i in range(n):

@@ -44,7 +44,7 @@ def _kept(result: Result) -> str:
     row = result.row
     share = _share(result)
     if row["ratio"] is not None:
-        steps = f" after {count(row['steps'])} steps of fine-tuning" if row["steps"] else ""
+        steps = f" after {_plural(row['steps'], 'step')} of fine-tuning" if row["steps"] else ""
         values = f"{figure(row['perplexity'])} against {figure(row['perplexity_dense'])}"
         ratio = figure(row["ratio"], row.get("ratio_std"))
         return (
@@ -68,6 +68,10 @@ def _share(result: Result) -> str:
     parts = [f"{percent(row['ffn_active'])} of the FFN neurons"] if row["ffn_active"] is not None else []
     parts += [f"{percent(row['active'])} of all parameters"] if row["active"] is not None else []
     return f"{' and '.join(parts)} active per token" if parts else "an unknown share of its neurons"
+
+
+def _plural(number: float, word: str) -> str:
+    return f"{count(number)} {word}{'' if number == 1 else 's'}"
 
 
 def _seeds(result: Result) -> str:

@@ -74,15 +74,15 @@ def _draw_panel(ax: Axes, series: Series, name: str, dense: float | None, *, poi
         ends.append((dense, DENSE))
     dress(ax, title=_PANELS[name], xlabel="FFN neurons that a token uses, %")
     shown = [row for rows in series.values() for row in rows if row[name] is not None]
-    _scale(ax, [*(row[name] for row in shown), dense if dense is not None else shown[0][name]])
+    _scale(ax, name, [*(row[name] for row in shown), dense if dense is not None else shown[0][name]])
     least = _ALL * min(row["ffn_active"] for row in shown)
     ax.set_xlim(0 if least < _ALL / 2 else 10 * (least // 10 - 1), _ALL)
     label_ends(ax, ends, points_high=points_high)
 
 
-def _scale(ax: Axes, values: list[float]) -> None:
-    """A logarithmic axis with plain numbers where the values call for one."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _scale(ax: Axes, name: str, values: list[float]) -> None:
+    """A logarithmic axis with plain numbers where the values call for one; KL otherwise from 0."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     positive = [value for value in values if value > 0]
     if min(values) > 0 and max(positive) / min(positive) > _RANGE:
@@ -92,6 +92,9 @@ def _scale(ax: Axes, values: list[float]) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(axis="y", which="minor", length=0)
+    elif name == "kl":
+        ax.set_ylim(bottom=0.0, top=1.15 * max(values) or 1.0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.margins(y=0.09)
 
 
