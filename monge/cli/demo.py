@@ -1,6 +1,6 @@
 """`monge demo`: both halves of the library in minutes, on a real pretrained model and real text.
 
-    convert SmolLM2 --> beside random split and static pruning --> write with both --> quick router comparison
+convert SmolLM2 --> beside random split and static pruning --> write with both --> quick router comparison
 """
 
 from __future__ import annotations

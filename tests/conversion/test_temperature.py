@@ -13,7 +13,7 @@ from monge.conversion.ffn import find_ffns
 from monge.conversion.teacher import Head
 from monge.conversion.temperature import GRID, final_norm, fit_scale, scale_final_norm
 
-CAUSAL = "llama mistral qwen2 qwen3 granite gemma gemma2 gemma3 gpt2 phi3".split()
+CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3", "gpt2", "phi3"]
 
 
 @pytest.mark.parametrize("family", CAUSAL)

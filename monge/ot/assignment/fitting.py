@@ -143,6 +143,7 @@ def _classes(score_nE, grouped):
 
 @njit(cache=True, nogil=True)
 def _equal(x_E, y_E):
+    """Whether two rows are the same."""
     same = True
     for e in range(x_E.shape[0]):
         same &= x_E[e] == y_E[e]

@@ -215,9 +215,9 @@ def ascend(score_TE, k, capacity, slack, prices_E, width_E, v1_T, v2_T):
         at_best = left < best
         if at_best:
             best = left
-            copy(prices_E, best_E)
+            _copy(prices_E, best_E)
         if coarse:
-            copy(w_E, width_E)
+            _copy(w_E, width_E)
             coarse = left > noise
         if step % PATIENCE == 0:
             if best > goal:
@@ -242,13 +242,13 @@ def ascend(score_TE, k, capacity, slack, prices_E, width_E, v1_T, v2_T):
             w_E[e] = min(max(np.float32(w_E[e] + 0.5 * mean), np.float32(1e-30)), widest)
             prices_E[e] = np.float32(next_E[e])
     if not at_best:
-        copy(best_E, prices_E)
+        _copy(best_E, prices_E)
         sweep(tiles, n, k, prices_E, w_E, v1_T, v2_T, bins_EB)
     return best
 
 
 @njit(cache=True, nogil=True)
-def copy(x_E, y_E):
+def _copy(x_E, y_E):
     """``y_E[:] = x_E``, which numba takes three seconds to compile."""
     for e in range(x_E.shape[0]):
         y_E[e] = x_E[e]
