@@ -7,8 +7,8 @@
     dense checkpoint --> convert --> Mixture-of-Experts checkpoint --> load
 
 `MoE` is the layer, `make_router` any router by name, `step` the one call after every optimizer step,
-`watch` tells what routing did. `convert` makes a Mixture of Experts of a dense checkpoint, `export` writes it as
-a standard architecture, `load` reads it. The solvers stand on their own in `monge.ot`.
+`watch` tells what routing did. `convert` makes a Mixture of Experts of a dense checkpoint, `export` writes it
+as a standard architecture, `load` reads it. The solvers stand on their own in `monge.ot`.
 """
 
 from monge import ot, routing

@@ -25,8 +25,8 @@ def expert_energy(sample: LayerSample, labels_F: Tensor, experts: int) -> Tensor
     """(T, N) the energy of the neurons of each expert; its root is what routers are fitted to.
 
     The root, since energies have heavy tails, and least squares would fit a few tokens. On SmolLM2, 25 %
-    active, it lowers a layer's error by 3 to 4 %, and the perplexity with a third of the layers converted from
-    1.376 to 1.336 times the dense model's.
+    active, it lowers a layer's error by 3 to 4 %, and the perplexity with a third of the layers converted
+    from 1.376 to 1.336 times the dense model's.
     """
     routed = torch.where(labels_F >= 0)[0]
     energy_TN = sample.x_TH.new_zeros((len(sample.x_TH), experts))

@@ -58,13 +58,12 @@ class Stages:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(
-                    file.metadata()["about"]
-                )
+                names, about = file.keys(), json.loads(file.metadata()["about"])
+                return {name: file.get_tensor(name) for name in names}, about
         except Exception as error:
             raise ValueError(
-                f"the stage file {path} is damaged ({error}). Delete its folder, and the same command computes "
-                "the stages anew."
+                f"the stage file {path} is damaged ({error}). Delete its folder, and the same command "
+                "computes the stages anew."
             ) from error
 
     def clear(self) -> None:

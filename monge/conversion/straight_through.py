@@ -1,8 +1,8 @@
 """How the router of a converted layer learns: a sigmoid straight-through estimator for the time of training.
 
 The deployed gates g of the k chosen experts hardly depend on the logits z (`monge.conversion.building`: they
-are functions of eps z, eps = 2^-4 to 2^-40), so their own gradient teaches the router nothing. While it trains,
-the gate of every expert is
+are functions of eps z, eps = 2^-4 to 2^-40), so their own gradient teaches the router nothing. While it
+trains, the gate of every expert is
 
     g + (s - sg(s)) / k,    s = sigmoid(2 (z - threshold)),    threshold = (z_(k) + z_(k+1)) / 2
 

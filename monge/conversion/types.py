@@ -26,7 +26,8 @@ DROPPED = -2
 class FFNWeights:
     """A dense FFN, ``y = (act(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd``.
 
-    Without a gate ``y = act(x Wu^T + bu) Wd^T + bd``. All tensors share one dtype and device. ``activation`` is a name of `monge.moe.activations.ACTIVATIONS`.
+    Without a gate ``y = act(x Wu^T + bu) Wd^T + bd``. All tensors share one dtype and device.
+    ``activation`` is a name of `monge.moe.activations.ACTIVATIONS`.
     """
 
     activation: str

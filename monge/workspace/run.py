@@ -42,7 +42,7 @@ def stored_run(out: Path, command: str, settings: Mapping[str, Any]) -> dict[str
 
 
 def begin_run(out: Path, command: str, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
-    """Write ``config.json``: the command, its settings, versions, machine, and whatever else belongs there."""
+    """Write ``config.json``: the command, its settings, versions, machine, and what else belongs there."""
     described = {
         "command": command,
         "config": dict(settings),
