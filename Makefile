@@ -32,7 +32,7 @@ $(VENV)/.docs: $(VENV)/.lab
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
-demo: $(VENV)/.lab  ## small language models on real text, routed four ways: a table, plots, a report (runs/demo)
+demo: $(VENV)/.lab  ## a pretrained model converted to experts, and small models routed four ways (runs/demo)
 	$(BIN)/monge demo --out runs/demo
 
 test: $(VENV)/.dev  ## the fast tests (under 15 minutes on two cores)

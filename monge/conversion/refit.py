@@ -93,9 +93,9 @@ def refit_down(
 
     ``W = argmin sum_t w_t |t_t - W h_t|^2 + lambda sum_f p_f |W_f - Wd_f|^2``, the penalty p_f being the
     geometric mean of S_ff and the mean of the diagonal, with S the Gram matrix: between a penalty equal for
-    all neurons, which holds back the rare ones too much, and one in proportion to their energy. Fitted without
-    the held-out tokens for every lambda; with the best one on all. Where none beats the old projection, it
-    stays.
+    all neurons, which holds back the rare ones too much, and one in proportion to their energy. Fitted
+    without the held-out tokens for every lambda; with the best one on all. Where none beats the old
+    projection, it stays.
 
     Drawn towards zero instead, the error of layers of SmolLM2 is 3 to 10 % larger.
 
