@@ -4,11 +4,15 @@ The deployed gates g of the k chosen experts hardly depend on the logits z (`mon
 are functions of eps z, eps = 2^-4 to 2^-40), so their own gradient teaches the router nothing. While it
 trains, the gate of every expert is
 
-    g + (s - sg(s)) / k,    s = sigmoid(2 (z - threshold)),    threshold = (z_(k) + z_(k+1)) / 2
+    g + (s - sg(s)) / k,    s = sigmoid(2 (w sg(x) - threshold)),    threshold = (z_(k) + z_(k+1)) / 2
 
-with g = 0 where it was not chosen, sg the gradient's stop and z_(k) the k-th largest logit. The value is g to
-the last bit; the slope says what the loss would do if the expert were more, or less, likely to be chosen. The
-factor k is folded into the experts' weights, so that s stands beside a gate k g of about 1.
+with g = 0 where it was not chosen, sg the gradient's stop, z = w x and z_(k) the k-th largest logit. The
+value is g to the last bit; the slope says what the loss would do if the expert were more, or less, likely to
+be chosen. The factor k is folded into the experts' weights, so that s stands beside a gate k g of about 1.
+
+The estimate is biased: an expert that is off always looks useful, one that is on has found its scale. A
+router lives with that, the layers below do not: were x to get a gradient from it, the model would fall apart
+at any learning rate.
 
 Shapes: T tokens, E experts, K slots per token, D model width.
 """
@@ -67,7 +71,8 @@ class StraightThrough(Router):
             with torch.no_grad():
                 rest_TE = logits_TE.scatter(1, chosen_TK, -torch.inf)
                 threshold_T = (logits_TE.gather(1, chosen_TK[:, -1:])[:, 0] + rest_TE.amax(dim=1)) / 2
-            s_TE = torch.sigmoid(SLOPE * (logits_TE - threshold_T[:, None]))
+            z_TE = nn.functional.linear(batch.hidden_TD.detach().to(logits_TE), self.weight, self.bias)
+            s_TE = torch.sigmoid(SLOPE * (z_TE - threshold_T[:, None]))
             weights_TE = weights_TE + (s_TE - s_TE.detach()) / k
         all_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
         return Choice(all_TE, weights_TE)

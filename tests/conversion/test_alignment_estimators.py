@@ -13,6 +13,8 @@ from monge.conversion.alignment import PAPER, AlignmentConfig, NeuronMask
 from monge.conversion.alignment.estimators import choose_experts, straight_through
 from monge.conversion.types import DROPPED, SHARED, Partition
 
+ESTIMATORS = ["soft_topk", "softmax", "sigmoid"]
+
 
 def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
     soft = torch.rand(50, 7, requires_grad=True)
@@ -25,7 +27,7 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
     assert torch.equal(soft.grad, given_grad)
 
 
-@given(st.integers(2, 9), st.data(), st.sampled_from(["softmax", "sigmoid"]))
+@given(st.integers(2, 9), st.data(), st.sampled_from(ESTIMATORS))
 def test_exactly_the_k_largest_are_chosen(N, data, estimator):
     k = data.draw(st.integers(1, N))
     seed = data.draw(st.integers(0, 10_000))
@@ -56,9 +58,27 @@ def test_the_gradient_of_a_choice_is_that_of_its_formula():
     assert torch.allclose(sharp, weight_TN * s * (1 - s))
 
 
+def test_the_soft_top_k_moves_the_margin_and_no_common_level():
+    """dz = w (g - <w, g> / <w, 1>) / t with w = x (1 - x), x the soft choice, in closed form."""
+    logits_TN = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight_TN = torch.randn(5, 6, dtype=torch.float64)
+    choice_TN = choose_experts(logits_TN, 2, "soft_topk", temperature=0.3)
+    (grad_TN,) = torch.autograd.grad((choice_TN * weight_TN).sum(), logits_TN)
+    low, high = logits_TN.detach().amin(1, keepdim=True) - 9, logits_TN.detach().amax(1, keepdim=True) + 9
+    for _ in range(80):  # the level at which the soft choices sum to k, by bisection
+        level_T1 = (low + high) / 2
+        x_TN = torch.sigmoid((logits_TN.detach() - level_T1) / 0.3)
+        above = x_TN.sum(1, keepdim=True) > 2
+        low, high = torch.where(above, level_T1, low), torch.where(above, high, level_T1)
+    w_TN = x_TN * (1 - x_TN)
+    mean_T1 = (w_TN * weight_TN).sum(1, keepdim=True) / w_TN.sum(1, keepdim=True)
+    assert torch.allclose(grad_TN, w_TN * (weight_TN - mean_T1) / 0.3)
+    assert torch.allclose(grad_TN.sum(1), torch.zeros(5, dtype=torch.float64), atol=1e-12)
+
+
 def test_all_experts_are_no_choice_and_have_no_gradient():
     logits_TN = torch.randn(3, 4, requires_grad=True)
-    for estimator in ("softmax", "sigmoid"):
+    for estimator in ESTIMATORS:
         choice_TN = choose_experts(logits_TN, 4, estimator)
         assert torch.equal(choice_TN, torch.ones(3, 4))
         assert not choice_TN.requires_grad
@@ -168,6 +188,7 @@ def test_the_paper_preset_has_the_papers_numbers():
     assert (PAPER.weight_decay, PAPER.clip, PAPER.warmup) == (1e-4, 1.0, 0.2)
     assert (PAPER.temperature_start, PAPER.temperature_end, PAPER.rounding) == (1.0, 0.1, "greedy")
     assert PAPER.freeze_step(3500) == 3500
+    assert PAPER.estimator == PAPER.settled_estimator == "softmax"
 
 
 @pytest.mark.parametrize(

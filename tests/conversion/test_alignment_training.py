@@ -124,7 +124,7 @@ def test_trained_weights_move_towards_the_dense_model_as_it_was():
     config = replace(FIXED, weight_rate=3e-3)
     trained = run(model, steps=60, config=config, partitions=partitions, chunks=chunks)
     assert trained.history["kl"][0] == frozen.history["kl"][0]
-    assert trained.history["loss"][-1] < 0.7 * frozen.history["loss"][-1]
+    assert trained.history["loss"][-1] < 0.8 * frozen.history["loss"][-1]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert "model.layers.0.mlp.down_proj.weight" in moved
     assert "model.layers.1.self_attn.q_proj.weight" in moved

@@ -85,6 +85,14 @@ def test_router_gradient_is_that_of_the_sigmoid():
     assert (expected.abs().sum(1) > 0).all(), "every expert's row learns"
 
 
+def test_the_estimate_does_not_reach_the_hidden_states():
+    layer, x_TD = random_layer(), torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x_TD).sin().sum(), x_TD)
+    with straight_through(layer, "standard"):
+        (grad,) = torch.autograd.grad(layer(x_TD).sin().sum(), x_TD)
+    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_the_router_learns_which_expert_lowers_the_loss():
     layer = random_layer(dtype=torch.float32, top_k=1)
     x_TD = torch.randn(64, 8)

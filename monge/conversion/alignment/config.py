@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 CHOICES = {
     "rounding": ("exact", "greedy"),
-    "estimator": ("softmax", "sigmoid"),
-    "settled_estimator": ("softmax", "sigmoid"),
+    "estimator": ("soft_topk", "softmax", "sigmoid"),
+    "settled_estimator": ("soft_topk", "softmax", "sigmoid"),
 }
 
 
@@ -67,10 +67,12 @@ class AlignmentConfig:
     """Decay per step of the average of hard assignments that is frozen in the end."""
     freeze_at: float = 0.72
     """Share of the steps after which the partition is frozen while routers train on; 1 never freezes it."""
-    estimator: str = "softmax"
-    """Gradient of the choice of experts while the partition is learned: softmax or sigmoid."""
-    settled_estimator: str = "sigmoid"
+    estimator: str = "soft_topk"
+    """Gradient of the choice of experts while the partition is learned: soft_topk, softmax or sigmoid."""
+    settled_estimator: str = "soft_topk"
     """The same once the partition is frozen, or fixed from the start."""
+    router_temperature: float = 0.1
+    """Temperature of soft_topk, in units of the routers' logits; those of ridge routers have deviation 1."""
 
     checkpoint_every: int = 50
     """Steps between two checkpoints."""
@@ -85,7 +87,7 @@ class AlignmentConfig:
         for name in ("affinity_rate", "router_rate", "weight_rate", "warmup", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("temperature_start", "temperature_end", "clip"):
+        for name in ("temperature_start", "temperature_end", "router_temperature", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.freeze_at <= 1:
@@ -124,7 +126,12 @@ class AlignmentConfig:
 
 
 PAPER = AlignmentConfig(
-    affinity_rate=5e-4, router_rate=5e-4, rounding="greedy", freeze_at=1.0, settled_estimator="softmax"
+    affinity_rate=5e-4,
+    router_rate=5e-4,
+    rounding="greedy",
+    freeze_at=1.0,
+    estimator="softmax",
+    settled_estimator="softmax",
 )
 """DOT-MoE as published (arXiv 2606.01666): one rate for both, greedy rounding, softmax estimator throughout.
 

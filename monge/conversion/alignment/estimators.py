@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monge.ot import soft_topk
+
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """``hard + soft - sg(soft)``: the value of ``hard`` to the bit, the gradient of ``soft``.
@@ -28,23 +30,32 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return _StraightThrough.apply(hard, soft)
 
 
-def choose_experts(logits_TN: Tensor, k: int, estimator: str) -> Tensor:
+def choose_experts(logits_TN: Tensor, k: int, estimator: str, *, temperature: float = 0.1) -> Tensor:
     """R (T, N), 1 for the k experts of largest logit and 0 for the others, with a gradient.
 
-    ``estimator`` says which. ``"softmax"`` is R + P - sg(P), P the softmax over experts (arXiv 2606.01666).
-    ``"sigmoid"`` is R + s - sg(s) with ``s = sigmoid(z - m)``, m half-way between the k-th and the (k+1)-th
-    logit of the token and constant: an expert's logit moves by its own merit only, and the more the closer
-    the call. With k = N there is no choice and no gradient.
+    ``R + s - sg(s)``, where ``estimator`` says which s:
+
+    - ``"soft_topk"``: `monge.ot.soft_topk` at ``temperature``, the entropic transport of the N experts onto
+      'chosen' (k) and 'not chosen'. Experts near the margin compete, and with each other alone: no gradient
+      raises all logits of a token.
+    - ``"softmax"``: the softmax over experts (arXiv 2606.01666). All experts compete, the sure ones too.
+    - ``"sigmoid"``: ``sigmoid(z - m)``, m half-way between the k-th and the (k+1)-th logit and constant. Each
+      expert on its own; as every expert lowers the loss, logits drift upwards together and apart.
+
+    With k = N there is no choice and no gradient.
     """
     N = logits_TN.shape[1]
     if k == N:
         return torch.ones_like(logits_TN)
     top = logits_TN.detach().topk(k + 1, dim=1)
     hard_TN = torch.zeros_like(logits_TN).scatter_(1, top.indices[:, :k], 1.0)
-    if estimator == "softmax":
-        return straight_through(hard_TN, logits_TN.softmax(dim=1))
-    midpoint_T1 = top.values[:, k - 1 :].mean(dim=1, keepdim=True)
-    return straight_through(hard_TN, torch.sigmoid(logits_TN - midpoint_T1))
+    if estimator == "soft_topk":
+        soft_TN = soft_topk(logits_TN, k, temperature=temperature)
+    elif estimator == "softmax":
+        soft_TN = logits_TN.softmax(dim=1)
+    else:
+        soft_TN = torch.sigmoid(logits_TN - top.values[:, k - 1 :].mean(dim=1, keepdim=True))
+    return straight_through(hard_TN, soft_TN.to(hard_TN.dtype))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -51,6 +51,7 @@ class NeuronMask(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.estimator = "softmax"
+        self.router_temperature = 0.1
         self.rounding = "exact"
         self.temperature = 1.0
         self.on = True
@@ -74,7 +75,9 @@ class NeuronMask(nn.Module):
         if self.router_NH is None:
             return always_F.expand(len(x_TH), -1)
         self.logits_TN = nnf.linear(x_TH, self.router_NH.to(x_TH.dtype))
-        choice_TN = choose_experts(self.logits_TN, self.top_k, self.estimator)
+        choice_TN = choose_experts(
+            self.logits_TN, self.top_k, self.estimator, temperature=self.router_temperature
+        )
         return nnf.linear(choice_TN, self.assignment().to(x_TH.dtype), always_F)
 
     def assignment(self) -> Tensor:

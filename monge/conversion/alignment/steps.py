@@ -56,7 +56,7 @@ class Trainer:
         self.state = nn.ModuleDict({"masks": nn.ModuleList(self.masks), "weights": nn.ParameterList(weights)})
         self.optimizer = self._make_optimizer(weights)
         for mask in self.masks:
-            mask.rounding = config.rounding
+            mask.rounding, mask.router_temperature = config.rounding, config.router_temperature
 
     def run(
         self, chunks: Sequence[Tensor], checkpoint: Path | None, observer: Observer
