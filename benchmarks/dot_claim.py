@@ -30,7 +30,7 @@ ROWS = ["dot", FROM_LLOYD, *(name for name in METHODS if name != "dot")]
 STAGES = ("untrained", "frozen", "trained")
 ACTIVE = (0.25, 0.5)
 FACTORS = (1 / 3, 1.0, 3.0)  # trials of the search, times the rates below
-RATES = {"affinity_rate": 2e-2, "router_rate": 2e-3}
+RATES = {"affinity_rate": 2e-2, "router_rate": 6e-3}
 WEIGHT_RATE = 1e-3
 SEARCH_SEED, SEARCH_ACTIVE = 1000, 0.25
 

@@ -163,12 +163,6 @@ class Problem:
         steps: int,
     ) -> list[Partition]:
         learned = cell.method in ("dot", FROM_LLOYD)
-
-        def fit_router(i: int, partition: Partition) -> Tensor:
-            router_NH = _with_ridge(self._samples(model, cell.seed)[i], partition, shape).router_NH
-            assert router_NH is not None
-            return router_NH
-
         chunks = [batch_of(self.train_NS, self.sizes.batch, cell.seed, step)[:, :-1] for step in range(steps)]
         aligned = align(
             model,
@@ -179,7 +173,6 @@ class Problem:
             config=AlignmentConfig(learn_partition=learned, **cell.rates),
             steps=steps,
             seed=cell.seed,
-            fit_router=fit_router,
         )
         return aligned.partitions
 

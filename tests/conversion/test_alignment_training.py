@@ -61,21 +61,6 @@ def test_the_freeze_ends_all_changes_of_expert():
     assert sum(run(steps=50, config=AlignmentConfig(freeze_at=1.0)).history["changed"][31:]) > 0
 
 
-def test_a_router_fitted_at_the_freeze_takes_over():
-    seen = []
-
-    def fit_router(i, partition):
-        seen.append((i, partition.labels_F.clone()))
-        return torch.full((5, 16), float(i + 1))
-
-    config = AlignmentConfig(freeze_at=0.5, router_rate=1e-9, weight_decay=0.0)
-    aligned = run(steps=10, config=config, fit_router=fit_router)
-    assert [i for i, _ in seen] == [0, 1]
-    for i, (partition, (_, labels_F)) in enumerate(zip(aligned.partitions, seen)):
-        assert torch.allclose(partition.router_NH, torch.full((5, 16), i + 1.0))
-        assert torch.equal(partition.labels_F, labels_F)
-
-
 def test_fixed_partitions_stay_and_their_routers_learn():
     partitions, chunks = dealt(), token_chunks(2)
     aligned = run(steps=60, config=FIXED, partitions=partitions, chunks=chunks)

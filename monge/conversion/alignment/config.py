@@ -42,7 +42,7 @@ class AlignmentConfig:
 
     affinity_rate: float = 2e-2
     """Peak learning rate of the affinities."""
-    router_rate: float = 2e-3
+    router_rate: float = 6e-3
     """Peak learning rate of the routers."""
     weight_rate: float = 0.0
     """Peak learning rate of the model's own weights, embeddings and head excepted; 0 keeps them frozen."""
@@ -59,7 +59,7 @@ class AlignmentConfig:
     """Temperature of the soft assignment from the end of the warm-up on."""
     affinity_std: float = 0.02
     """Standard deviation of the initial affinities: small against rate times steps, or nothing moves."""
-    head_start: float = 0.3
+    head_start: float = 1.0
     """Initial affinity of a neuron to its expert in the given partition, where there is one."""
     rounding: str = "exact"
     """How a soft assignment becomes a hard one: exact, or greedy as published (and about 20 times slower)."""

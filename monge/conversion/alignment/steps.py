@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +20,7 @@ from monge.conversion.alignment.config import AlignmentConfig
 from monge.conversion.alignment.masks import NeuronMask, lifted
 from monge.conversion.alignment.objective import Terms, distance, router_losses
 from monge.conversion.observer import Observer
-from monge.conversion.types import Partition
 from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
-
-RouterFit = Callable[[int, Partition], Tensor]
-"""``fit(i, partition)``: a router (N, H) for the i-th FFN with that partition."""
 
 TRACES = ("loss", "kl", "ce", "z", "balance", "changed", "rate")
 BETAS = (0.9, 0.99)
@@ -46,10 +42,9 @@ class Trainer:
         steps: int,
         *,
         teacher: nn.Module | None,
-        fit_router: RouterFit | None,
     ) -> None:
         self.model, self.masks, self.teacher = model, list(masks), teacher
-        self.config, self.steps, self.fit_router = config, steps, fit_router
+        self.config, self.steps = config, steps
         weights = _own_weights(model) if teacher is not None else []
         for weight in weights:
             weight.requires_grad_(True)
@@ -72,7 +67,8 @@ class Trainer:
             mask.learning &= len(history["loss"]) <= freeze
         for step in range(len(history["loss"]), self.steps):
             if step == freeze:
-                self._freeze()
+                for mask in self.masks:
+                    mask.settle(averaged=True)
             values = self._step(step, chunks[step % len(chunks)])
             for name in TRACES:
                 history[name].append(values[name])
@@ -150,17 +146,6 @@ class Trainer:
                 "delete it to train from the beginning"
             )
         return {name: stored[name].tolist() for name in TRACES}
-
-    def _freeze(self) -> None:
-        """Fix the partitions at their average, and fit the routers anew where that is asked for."""
-        for i, mask in enumerate(self.masks):
-            if not mask.learning:
-                continue
-            mask.settle(averaged=True)
-            if self.fit_router is not None and mask.router_NH is not None:
-                with lifted(self.masks), torch.no_grad():
-                    mask.router_NH.copy_(self.fit_router(i, mask.partition()))
-                self.optimizer.state.pop(mask.router_NH, None)  # its moments were the old router's
 
     def _changed(self, before: Sequence[Tensor]) -> float:
         """Share of the routed neurons that are with another expert than ``before``."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from monge.conversion.alignment.config import AlignmentConfig
 from monge.conversion.alignment.masks import masked
 from monge.conversion.alignment.start import starting_masks, unlearned_partitions
-from monge.conversion.alignment.steps import RouterFit, Trainer
+from monge.conversion.alignment.steps import Trainer
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.types import FFN, ExpertShape, Partition
 
@@ -53,7 +53,6 @@ def align(
     steps: int,
     seed: int = 0,
     checkpoint: Path | None = None,
-    fit_router: RouterFit | None = None,
     observer: Observer | None = None,
 ) -> Aligned:
     """Train the partitions and routers of all layers together through the whole model.
@@ -76,8 +75,6 @@ def align(
         seed: of the drawn affinities and routers.
         checkpoint: file to write every ``config.checkpoint_every`` steps and after the last, and to go on
             from where it exists.
-        fit_router: called for every FFN when its partition is frozen before the last step, the model being
-            dense then; its router replaces the trained one.
         observer: is told of every step.
 
     Raises:
@@ -117,7 +114,7 @@ def align(
             head_start=config.head_start if partitions else 0.0,
             seed=seed,
         )
-        trainer = Trainer(model, masks, config, steps, teacher=teacher, fit_router=fit_router)
+        trainer = Trainer(model, masks, config, steps, teacher=teacher)
         with masked(ffns, masks):
             history = trainer.run(chunks, checkpoint, observer or Silent())
     return Aligned([mask.partition() for mask in masks], history)
