@@ -60,7 +60,8 @@ class AlignmentConfig:
     affinity_std: float = 0.02
     """Standard deviation of the initial affinities: small against rate times steps, or nothing moves."""
     head_start: float = 1.0
-    """Initial affinity of a neuron to its expert in the given partition, where there is one."""
+    """Initial affinity of a neuron to its expert in the given partition, where there is one; less than
+    affinity_rate times steps, or nothing moves."""
     rounding: str = "exact"
     """How a soft assignment becomes a hard one: exact, or greedy as published (and about 20 times slower)."""
     average: float = 0.98
