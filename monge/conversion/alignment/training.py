@@ -26,7 +26,8 @@ class Aligned:
     """What joint training arrived at.
 
     Attributes:
-        partitions: of every FFN, with its trained router (None where no neuron is routed).
+        partitions: of every FFN, with its trained router (None where no neuron is routed). The scale of its
+            logits is what training made it.
         history: one number a step of ``loss``, ``kl``, ``ce`` (nats per token), ``z``, ``balance``,
             ``changed`` (share of the routed neurons that changed expert) and ``rate`` (share of the peak
             learning rates).
