@@ -1,13 +1,13 @@
-"""What a converted model recovers: closed form and fine-tuning beside the same done to baselines and controls.
+"""What a converted model recovers, in closed form and fine-tuned, beside baselines and controls.
 
     python -m benchmarks.recovery [--methods M ...] [--active A ...] [--seeds S ...] [--steps N] [--out DIR]
     python -m benchmarks.recovery --show
 
 SmolLM2-135M-Instruct (Q4_1) is converted by every method from the same calibration text, then fine-tuned for
 as many steps on the same sequences against the same teacher. The method `dense` converts nothing: fine-tuned
-in the same way, it shows what is mere adaptation to the text. Every cell has a folder of its own and is resumed, so
-several processes of one thread each may work on one table. Figures are ratios to the dense model's own
-perplexity on held-out speeches and on text of other kinds.
+in the same way, it shows what is mere adaptation to the text. Every cell has a folder of its own and is
+resumed, so several processes of one thread each may work on one table. Figures are ratios to the dense
+model's own perplexity on held-out speeches and on text of other kinds.
 """
 
 from __future__ import annotations
@@ -222,9 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if not chosen.show:
         torch.set_num_threads(chosen.threads)
-        base = ConvertConfig(
-            tokens=chosen.tokens, eval_tokens=256, threads=chosen.threads, rate=chosen.rate
-        )
+        base = ConvertConfig(tokens=chosen.tokens, eval_tokens=256, threads=chosen.threads, rate=chosen.rate)
         campaign = Campaign(chosen.out, base, chosen.steps, chosen.texts)
         for seed, active, method in product(chosen.seeds, chosen.active, chosen.methods):
             if method == CONTROL and (not chosen.steps or active != chosen.active[0]):

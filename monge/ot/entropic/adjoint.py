@@ -23,23 +23,14 @@ from monge.ot.entropic.laplacian import solve_laplacian
 
 
 def plan_gradients(
-    plan_BTE: Tensor,
-    grad_BTE: Tensor,
-    row_mass_BT: Tensor,
-    col_mass_BE: Tensor,
-    epsilon: float,
-    rows: RowGroup = LOCAL,
+    plan_BTE: Tensor, grad_BTE: Tensor, row_mass_BT: Tensor, epsilon: float, rows: RowGroup = LOCAL
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to the scores, the row masses and the column masses as the caller gave them.
-
-    The column masses were rescaled to the total of the row masses on the way in; their gradient includes
-    that. A row or column without mass is no part of the problem, and its gradient is zero.
+    """The gradient with respect to the scores, and the multipliers x (B, T) and y (B, E).
 
     Args:
         plan_BTE: the plan.
         grad_BTE: the gradient of the loss with respect to it.
-        row_mass_BT: row masses.
-        col_mass_BE: column masses before they were rescaled.
+        row_mass_BT: row masses; only their dtype counts, in which sums accumulate.
         epsilon: the regularisation.
         rows: the ranks among which the rows are spread.
     """
@@ -53,7 +44,17 @@ def plan_gradients(
     y_BE = solve_laplacian(gram_BEE, sums_BE, right_BE, weight_BE=sums_BE)
     gradient_of = _compiled_scores_gradient if compiled else _scores_gradient
     grad_scores_BTE, x_BT = gradient_of(plan_BTE, grad_BTE, row_BT2, y_BE, epsilon)
+    return grad_scores_BTE, x_BT, y_BE
 
+
+def mass_gradients(
+    x_BT: Tensor, y_BE: Tensor, row_mass_BT: Tensor, col_mass_BE: Tensor, rows: RowGroup = LOCAL
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the masses as the caller gave them, from the multipliers.
+
+    The column masses were rescaled to the total of the row masses on the way in; their gradient includes
+    that. A row or column without mass is no part of the problem, and its gradient is zero.
+    """
     # col_mass_BE * total(row_mass) / total(col_mass) is what the columns were held to.
     row_total_B1 = rows.sum(row_mass_BT.sum(-1, keepdim=True))
     col_total_B1 = col_mass_BE.sum(-1, keepdim=True)
@@ -61,7 +62,7 @@ def plan_gradients(
     mean_y_B1 = (y_BE * col_mass_BE).sum(-1, keepdim=True) / safe_total_B1
     grad_row_BT = torch.where(row_mass_BT > 0, x_BT + mean_y_B1, 0.0)
     grad_col_BE = torch.where(col_mass_BE > 0, (y_BE - mean_y_B1) * (row_total_B1 / safe_total_B1), 0.0)
-    return grad_scores_BTE, grad_row_BT, grad_col_BE
+    return grad_row_BT, grad_col_BE
 
 
 def _totals(plan_BTE: Tensor, grad_BTE: Tensor, row_mass_BT: Tensor) -> tuple[Tensor, Tensor]:

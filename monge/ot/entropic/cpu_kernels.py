@@ -58,6 +58,25 @@ def _exp(x):
 
 
 @_compiled
+def mass_flags(row_BT, col_BE):
+    """Whether a row mass, or a column mass, is negative or not finite; whether only rows have mass."""
+    bad_row = False
+    bad_col = False
+    loose = False
+    for b in range(row_BT.shape[0]):
+        some_row = False
+        for t in range(row_BT.shape[1]):
+            bad_row |= not 0 <= row_BT[b, t] < np.inf  # NaN fails too
+            some_row |= row_BT[b, t] > 0
+        no_col = True
+        for e in range(col_BE.shape[1]):
+            bad_col |= not 0 <= col_BE[b, e] < np.inf
+            no_col &= col_BE[b, e] == 0
+        loose |= some_row and no_col
+    return bad_row, bad_col, loose
+
+
+@_compiled
 def survey(scores_TE, mass_T, top_E, negated_bottom_E, flags_2):
     """Over rows with mass: each column's largest and, negated, smallest finite score (-inf where there is
     none).

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 
 def solve_laplacian(gram_BEE: Tensor, sums_BE: Tensor, right_BE: Tensor, weight_BE: Tensor) -> Tensor:
@@ -25,17 +26,17 @@ def solve_laplacian(gram_BEE: Tensor, sums_BE: Tensor, right_BE: Tensor, weight_
         weight_BE: the scaling, at least of the size of ``sums_BE``.
     """
     ridge = 4096 * torch.finfo(gram_BEE.dtype).eps
-    root_BE = weight_BE.sqrt()
-    scale_BE = torch.where(root_BE > 0, root_BE, torch.inf).reciprocal()
-    total_B11 = weight_BE.sum(-1)[:, None, None]
-    constants_BEE = root_BE.unsqueeze(-1) * root_BE.unsqueeze(-2) / torch.where(total_B11 > 0, total_B11, 1.0)
-    laplacian_BEE = torch.diag_embed(sums_BE) - (gram_BEE + gram_BEE.mT) / 2
-    matrix_BEE = laplacian_BEE * scale_BE.unsqueeze(-1) * scale_BE.unsqueeze(-2) + constants_BEE
+    scale_BE = torch.where(weight_BE > 0, weight_BE, torch.inf).rsqrt()
+    live_BE = scale_BE > 0
+    constant_BE = nnf.normalize(weight_BE.sqrt(), dim=-1)
+    matrix_BEE = constant_BE.unsqueeze(-1) * constant_BE.unsqueeze(-2)
+    matrix_BEE.addcmul_(gram_BEE * scale_BE.unsqueeze(-2), scale_BE.unsqueeze(-1), value=-1)
     # A column without weight gets a row and column of its own.
-    matrix_BEE = matrix_BEE + torch.diag_embed((root_BE == 0).to(root_BE.dtype))
-    eye_EE = torch.eye(root_BE.shape[-1], dtype=root_BE.dtype, device=root_BE.device)
-    factor_BEE, _ = torch.linalg.cholesky_ex(matrix_BEE + ridge * eye_EE)
+    degree_BE = torch.where(live_BE, sums_BE * scale_BE.square(), 1.0)
+    matrix_BEE.diagonal(dim1=-2, dim2=-1).add_(degree_BE).add_(ridge)
+    factor_BEE, _ = torch.linalg.cholesky_ex(matrix_BEE)
     right_BE1 = (right_BE * scale_BE).unsqueeze(-1)
     y_BE1 = torch.cholesky_solve(right_BE1, factor_BEE)
-    y_BE1 = y_BE1 + torch.cholesky_solve(right_BE1 - matrix_BEE @ y_BE1, factor_BEE)
+    missed_BE1 = torch.baddbmm(right_BE1 + ridge * y_BE1, matrix_BEE, y_BE1, alpha=-1)
+    y_BE1 = y_BE1 + torch.cholesky_solve(missed_BE1, factor_BEE)
     return y_BE1.squeeze(-1) * scale_BE

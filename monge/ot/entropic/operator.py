@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monge.ot.entropic.adjoint import plan_gradients
+from monge.ot.entropic.adjoint import mass_gradients, plan_gradients
 from monge.ot.entropic.distributed import RowGroup
 from monge.ot.entropic.solver import Solution, solve
 
@@ -38,15 +38,16 @@ def _(scores, row_mass, col_mass, epsilon, tol, max_iters):
 
 @torch.library.custom_op("monge::sinkhorn_gradients", mutates_args=())
 def _sinkhorn_gradients(
-    plan: Tensor, grad: Tensor, row_mass: Tensor, col_mass: Tensor, epsilon: float
+    plan: Tensor, grad: Tensor, row_mass: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = plan_gradients(plan, grad, row_mass, col_mass, epsilon)
+    gradients = plan_gradients(plan, grad, row_mass, epsilon)
     return tuple(x.contiguous() for x in gradients)  # type: ignore[return-value]
 
 
 @_sinkhorn_gradients.register_fake
-def _(plan, grad, row_mass, col_mass, epsilon):
-    return tuple(x.new_empty(x.shape) for x in (plan, row_mass, col_mass))
+def _(plan, grad, row_mass, epsilon):
+    columns = plan.shape[:1] + plan.shape[2:]
+    return plan.new_empty(plan.shape), row_mass.new_empty(row_mass.shape), row_mass.new_empty(columns)
 
 
 def _save(ctx, inputs, output):
@@ -59,7 +60,9 @@ def _backward(ctx, grad_plan, *_):
     if grad_plan is None:
         return (None,) * 6
     plan, row_mass, col_mass = ctx.saved_tensors
-    return (*_sinkhorn_gradients(plan, grad_plan, row_mass, col_mass, ctx.epsilon), None, None, None)
+    grad_scores, x, y = _sinkhorn_gradients(plan, grad_plan, row_mass, ctx.epsilon)
+    of_masses = mass_gradients(x, y, row_mass, col_mass) if any(ctx.needs_input_grad[1:3]) else (None, None)
+    return (grad_scores, *of_masses, None, None, None)
 
 
 _sinkhorn.register_autograd(_backward, setup_context=_save)
@@ -79,8 +82,9 @@ class _GroupSinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_plan, *_):
         plan, row_mass, col_mass = ctx.saved_tensors
-        gradients = plan_gradients(plan, grad_plan, row_mass, col_mass, ctx.epsilon, ctx.rows)
-        return (*gradients, None, None, None, None)
+        grad_scores, x, y = plan_gradients(plan, grad_plan, row_mass, ctx.epsilon, ctx.rows)
+        of_masses = mass_gradients(x, y, row_mass, col_mass, ctx.rows)
+        return (grad_scores, *of_masses, None, None, None, None)
 
 
 def solve_implicit(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,10 +40,8 @@ class Survey:
 
 def check_masses(row_mass_BT: Tensor, col_mass_BE: Tensor, rows: RowGroup) -> None:
     """Raise ValueError for masses that are negative or not finite, or that leave the rows' mass no column."""
-    row, col = row_mass_BT.detach().numpy(), col_mass_BE.detach().numpy()  # cheaper calls on small arrays
-    bad_row = not (row.min(initial=0.0) >= 0 and row.max(initial=0.0) < np.inf)  # NaN fails both
-    bad_col = not (col.min(initial=0.0) >= 0 and col.max(initial=0.0) < np.inf)
-    loose = bool(((row > 0).any(-1) & (col == 0).all(-1)).any())
+    masses = row_mass_BT.detach().contiguous().numpy(), col_mass_BE.detach().contiguous().numpy()
+    bad_row, bad_col, loose = kernels.mass_flags(*masses)
     if not rows.is_local:
         bad_row, bad_col, loose = rows.max(torch.tensor([bad_row, bad_col, loose]).double()).bool().tolist()
     for name, bad in (("row_mass", bad_row), ("col_mass", bad_col)):
@@ -60,8 +57,9 @@ def check_masses(row_mass_BT: Tensor, col_mass_BE: Tensor, rows: RowGroup) -> No
 
 def scale_masses(row_mass_BT: Tensor, col_mass_BE: Tensor, rows: RowGroup) -> tuple[Tensor, Tensor]:
     """Column masses (B, E) with the rows' total, and the mean mass (B,) of the rows that have any."""
-    local_B2 = torch.stack([row_mass_BT.sum(-1), (row_mass_BT > 0).sum(-1).to(row_mass_BT.dtype)], -1)
-    total_B, count_B = rows.sum(local_B2).unbind(-1)
+    total_B, count_B = row_mass_BT.sum(-1), (row_mass_BT > 0).sum(-1)
+    if not rows.is_local:
+        total_B, count_B = rows.sum(torch.stack([total_B, count_B.to(total_B.dtype)], -1)).unbind(-1)
     col_total_B = col_mass_BE.sum(-1)
     scale_B = total_B / torch.where(col_total_B > 0, col_total_B, 1.0)
     return col_mass_BE * scale_B.unsqueeze(-1), torch.where(count_B > 0, total_B / count_B, 1.0)

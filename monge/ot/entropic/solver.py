@@ -154,10 +154,11 @@ def _report(
     mass_BT = row_mass_BT.detach()
     deviation_BT = (row_sums_BT - mass_BT).abs()
     # A row of the plan keeps its sum up to the rounding of its entries, which no iteration can mend.
-    excess_BT = deviation_BT - _ROUNDING * torch.finfo(plan_BTE.dtype).eps * mass_BT
-    no_row_B2 = mass_BT.new_zeros(mass_BT.shape[0], 1, 2)  # a rank may hold no rows
-    worst_B2 = torch.cat([torch.stack([deviation_BT, excess_BT], -1), no_row_B2], 1).amax(1)
-    row_error_B, row_excess_B = (rows.max(worst_B2) / stopping.unit_B.unsqueeze(-1)).unbind(-1)
+    excess_BT = torch.sub(deviation_BT, mass_BT, alpha=_ROUNDING * torch.finfo(plan_BTE.dtype).eps)
+    worst_2B = mass_BT.new_zeros(2, len(mass_BT))  # a rank may hold no rows
+    if mass_BT.shape[1]:
+        worst_2B = torch.stack([deviation_BT.amax(-1), excess_BT.amax(-1).clamp_min(0)])
+    row_error_B, row_excess_B = rows.max(worst_2B) / stopping.unit_B
     # Potentials are free up to a constant: those of the columns shall average 0.
     log_v_BE = found.log_v_BE.detach()
     live_BE = log_v_BE > -torch.inf
