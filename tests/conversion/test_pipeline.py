@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -168,6 +169,29 @@ def test_a_killed_process_goes_on(tiny_folder, config, tmp_path):
     result = convert(folder, config, out=out)
     whole = convert(folder, config, out=tmp_path / "whole")
     assert torch.equal(logits(result.model), logits(whole.model))
+
+
+@pytest.mark.parametrize("written", ["streams", "layer-001", "finetune", "summary"])
+def test_a_disk_that_fills_up_leaves_a_folder_that_can_go_on(
+    tiny_folder, config, tmp_path, monkeypatch, written
+):
+    folder, out = tiny_folder("llama"), tmp_path / "out"
+    config = replace(config, minutes=0.02)
+    take_name = os.replace
+
+    def full(temporary, path):
+        if written in os.path.basename(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        take_name(temporary, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("monge.workspace.writing.os.replace", full)
+        with pytest.raises(OSError, match=rf"cannot write .*{written}.*No space left.*repeat the command"):
+            convert(folder, config, out=out)
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / "summary.json").exists()
+    result = convert(folder, config, out=out)
+    torch.testing.assert_close(logits(load(result.path)), logits(result.model), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
