@@ -175,7 +175,7 @@ def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> tuple[ConvertedLay
         weights=replace(weights, down_HF=tensors["down"]),
         partition=Partition(tensors["labels"]),
         router_NH=tensors["router"],
-        shape=config.shape_for(weights.neurons),
+        shape=config.shape_for(weights.neurons, ffn.layer),
         refit=Refit(tensors["down"], about["lam"], about["error"], about["error_before"]),
         load_N=tensors["load"],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from monge.conversion.types import ExpertShape
 
@@ -31,8 +31,14 @@ class ConvertConfig:
     """How neurons are divided among experts, by name (`monge.conversion.METHODS`)."""
     experts: int = 32
     """Expert-sized groups that the neurons of an FFN are divided into, the shared ones included."""
+    expert_size: int = 0
+    """Neurons in an expert, in place of experts; 0 leaves it to experts."""
     ffn_active: float = 0.5
     """Share of the FFN's neurons that a token uses, shared experts included (not of all parameters)."""
+    model_active: float = 0.0
+    """Share of all parameters that a token uses, in place of ffn_active; 0 leaves it to ffn_active."""
+    budgets: tuple[float, ...] = ()
+    """A share of the FFN's neurons for each converted layer, in place of ffn_active (a Monge checkpoint)."""
     shared: float = 0.5
     """Share of the active experts that every token uses; 0 routes them all."""
     layers: tuple[int, ...] = ()
@@ -84,8 +90,15 @@ class ConvertConfig:
         for name in ("experts", "tokens", "length", "eval_tokens", "align_steps", "rank", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.ffn_active <= 1:
-            raise ValueError(f"ffn_active must be a share in (0, 1], got {self.ffn_active}")
+        for share in (self.ffn_active, *self.budgets):
+            if not 0 < share <= 1:
+                raise ValueError(f"ffn_active and budgets must be shares in (0, 1], got {share}")
+        if not 0 <= self.model_active <= 1:
+            raise ValueError(f"model_active must be a share in [0, 1], got {self.model_active}")
+        if self.model_active and self.budgets:
+            raise ValueError("model_active and budgets both say how much is active: give one of them")
+        if self.expert_size < 0:
+            raise ValueError(f"expert_size must be a number of neurons, got {self.expert_size}")
         if not 0 <= self.shared < 1:
             raise ValueError(f"shared must be a share in [0, 1), got {self.shared}")
         if self.minutes < 0 or not 0 < self.rate < 1:
@@ -100,18 +113,54 @@ class ConvertConfig:
         strange = [layer for layer in self.layers if not 0 <= layer < count]
         if strange:
             raise ValueError(f"layers names {strange}, but the model has layers 0 to {count - 1}")
-        return sorted(set(self.layers)) if self.layers else list(range(count))
+        chosen = sorted(set(self.layers)) if self.layers else list(range(count))
+        if self.budgets and len(self.budgets) != len(chosen):
+            raise ValueError(
+                f"budgets has {len(self.budgets)} shares for {len(chosen)} converted layers: give one for each"
+            )
+        return chosen
 
-    def shape_for(self, neurons: int) -> ExpertShape:
-        """How an FFN of ``neurons`` is divided.
+    def shape_for(self, neurons: int, layer: int = 0) -> ExpertShape:
+        """How the FFN of ``neurons`` of that layer is divided; layers differ where there are budgets.
 
         Raises:
             ValueError: fewer neurons than experts.
         """
-        if neurons < self.experts:
+        groups = max(1, round(neurons / self.expert_size)) if self.expert_size else self.experts
+        if neurons < groups:
             raise ValueError(
-                f"an FFN of {neurons} neurons cannot be divided into experts={self.experts}: lower --experts"
+                f"an FFN of {neurons} neurons cannot be divided into experts={groups}: lower --experts"
             )
-        active = max(1, round(self.experts * self.ffn_active))
+        share = self.ffn_active
+        if self.budgets:
+            share = self.budgets[sorted(set(self.layers)).index(layer) if self.layers else layer]
+        active = max(1, round(groups * share))
         shared = min(round(active * self.shared), active - 1)  # one routed expert at least
-        return ExpertShape(neurons, self.experts, active, shared)
+        return ExpertShape(neurons, groups, active, shared)
+
+    def with_ffn_share(self, parameters: int, ffn_parameters: int) -> ConvertConfig:
+        """These settings with `model_active` told as `ffn_active`.
+
+        A token leaves out ``(1 - ffn_active) ffn_parameters`` of ``parameters``; the routers, which it gains,
+        are some per mille.
+
+        Args:
+            parameters: of the whole model.
+            ffn_parameters: of the projections of the FFNs to convert.
+
+        Raises:
+            ValueError: the model has too much beside its FFNs for so small a share.
+
+        Examples:
+            >>> ConvertConfig(model_active=0.7).with_ffn_share(100, 60).ffn_active
+            0.5
+        """
+        if not self.model_active:
+            return self
+        share = 1 - (1 - self.model_active) * parameters / ffn_parameters
+        if not share > 0:
+            raise ValueError(
+                f"model_active={self.model_active} cannot be reached: {1 - ffn_parameters / parameters:.0%} of "
+                "the parameters lie outside the FFNs to convert, and every token uses them. Raise it"
+            )
+        return replace(self, ffn_active=round(share, 6), model_active=0.0)

@@ -90,10 +90,12 @@ def open_job(
     _check_method(config)
     source, reopen = _open(model, tokenizer)
     ffns = find_ffns(source.model)
+    settings = asdict(config)
+    config = _with_ffn_share(config, source.model, ffns)
     plan = make_plan(source, ffns, config)
     if out is not None:
         prepare_folder(out, needed=COPIES * sum(p.nbytes for p in source.model.parameters()))
-    stored = None if out is None else stored_run(out, "convert", asdict(config))
+    stored = None if out is None else stored_run(out, "convert", settings)
     if stored is not None and out is not None:
         check_digest(out, "model", stored["source"]["digest"], source.digest)
     corpus = None
@@ -113,12 +115,20 @@ def open_job(
         job.about = begin_run(
             out,
             "convert",
-            asdict(config),
+            settings,
             source={"name": source.name, "digest": source.digest, "path": str(source.path)},
             data={"files": corpus.lists if corpus else {}, "digest": digest},
             plan=asdict(plan),
         )
     return job
+
+
+def _with_ffn_share(config: ConvertConfig, model: nn.Module, ffns: list[FFN]) -> ConvertConfig:
+    if not config.model_active:
+        return config
+    wanted = set(config.layers_of(len(ffns)))
+    converted = sum(ffn.read().matrix_parameters for ffn in ffns if ffn.layer in wanted)
+    return config.with_ffn_share(sum(parameter.numel() for parameter in model.parameters()), converted)
 
 
 def _gates(source: Source, ffns: list[FFN], config: ConvertConfig) -> str:
@@ -138,6 +148,9 @@ def _check_method(config: ConvertConfig) -> None:
     dense = METHODS[config.method].dense or (config.start and METHODS[config.start].dense)
     if dense and (config.start or config.router == "trained"):
         raise ValueError("static pruning has no experts: it is no start and has no router to train")
+    names = [name for name in (config.method, config.start) if name]
+    if config.budgets and (dense or any(METHODS[name].needs_gradients for name in names)):
+        raise ValueError(f"method {names[-1]!r} divides all layers alike: leave budgets out")
     if dense and config.layers:
         raise ValueError(
             "static pruning needs all layers: a configuration knows one width of FFN (leave out --layers)"

@@ -80,7 +80,7 @@ def convert_layer(
     Returns:
         The layer, and its outputs (T, H) on ``seen.x_TH``.
     """
-    shape = config.shape_for(weights.neurons)
+    shape = config.shape_for(weights.neurons, layer)
     sample, target_TH = _sample(seen, weights, layer, importance_CF)
     partition = given or _divide(sample, shape, config)
     router_NH = _router_or_none(sample, partition)
@@ -126,7 +126,7 @@ def divide_layer(
 ) -> Partition:
     """Only the partition and the router of a layer."""
     sample, _ = _sample(seen, weights, layer, importance_CF)
-    return _divide(sample, config.shape_for(weights.neurons), config)
+    return _divide(sample, config.shape_for(weights.neurons, layer), config)
 
 
 def deployed_gates(x_TH: Tensor, router_NH: Tensor, top_k: int, gates: str) -> Tensor:

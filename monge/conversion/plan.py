@@ -123,7 +123,7 @@ def make_plan(
         if ffn.layer not in chosen:
             used += F
             continue
-        shapes.append(shape := config.shape_for(F))
+        shapes.append(shape := config.shape_for(F, ffn.layer))
         stored, per_expert = _converted_parameters(weights, shape, config.method)
         change = stored - _dense_parameters(weights)
         rebuilt += stored

@@ -60,7 +60,7 @@ def aligned_partitions(job: Job, importance: dict[int, Tensor]) -> dict[int, Par
             job.source.model,
             ffns,
             list(job.chunks.split(config.batch)),
-            [config.shape_for(ffn.read().neurons) for ffn in ffns],
+            [config.shape_for(ffn.read().neurons, ffn.layer) for ffn in ffns],
             partitions=partitions,
             config=AlignmentConfig(learn_partition=learned),
             steps=config.align_steps,

@@ -43,6 +43,11 @@ class FFNWeights:
         """F."""
         return self.up_FH.shape[0]
 
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters of the projections, without biases."""
+        return sum(w.numel() for w in (self.gate_FH, self.up_FH, self.down_HF) if w is not None)
+
     def hidden(self, x_TH: Tensor) -> Tensor:
         """The activations h (T, F), before Wd."""
         up_TF = nnf.linear(x_TH, self.up_FH, self.up_bias_F)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from monge.conversion.evaluation.sparse import SparseBlock, find_blocks
 from monge.conversion.ffn import find_ffns
-from monge.conversion.types import FFN
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def measure_cost(model: nn.Module, dense: nn.Module, *, context: int = 512) -> C
     biases = sum(_stacked(block, dims=(2,)) for block in blocks)
     multiplied = _matrices(model) - _looked_up(model) - biases - sum(_idle(b, dims=(3,)) for b in blocks)
     shares = active_shares(model, dense)
-    sizes = {ffn.layer: _ffn_size(ffn) for ffn in find_ffns(dense)}
+    sizes = {ffn.layer: ffn.read().matrix_parameters for ffn in find_ffns(dense)}
     used = sum(shares[layer] * size for layer, size in sizes.items())
     flops = 2 * multiplied + context * _attention(model)
     return Cost(total, total - idle, used / sum(sizes.values()), flops, context)
@@ -83,7 +82,7 @@ def active_shares(model: nn.Module, dense: nn.Module) -> dict[int, float]:
         else:  # dense, perhaps narrower
             places = {paths[ffn.input_module], paths[ffn.output_module]}
             used = sum(_matrices(modules[place]) for place in places if place in modules)
-        shares[ffn.layer] = used / _ffn_size(ffn)
+        shares[ffn.layer] = used / ffn.read().matrix_parameters
     return shares
 
 
@@ -115,11 +114,6 @@ def _filled(weight: Tensor) -> int:
 
 def _matrices(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
-
-
-def _ffn_size(ffn: FFN) -> int:
-    weights = ffn.read()
-    return sum(w.numel() for w in (weights.gate_FH, weights.up_FH, weights.down_HF) if w is not None)
 
 
 def _looked_up(model: nn.Module) -> int:
