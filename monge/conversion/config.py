@@ -116,7 +116,7 @@ class ConvertConfig:
         chosen = sorted(set(self.layers)) if self.layers else list(range(count))
         if self.budgets and len(self.budgets) != len(chosen):
             raise ValueError(
-                f"budgets has {len(self.budgets)} shares for {len(chosen)} converted layers: give one for each"
+                f"budgets has {len(self.budgets)} shares for {len(chosen)} converted layers: one for each"
             )
         return chosen
 
@@ -160,7 +160,7 @@ class ConvertConfig:
         share = 1 - (1 - self.model_active) * parameters / ffn_parameters
         if not share > 0:
             raise ValueError(
-                f"model_active={self.model_active} cannot be reached: {1 - ffn_parameters / parameters:.0%} of "
-                "the parameters lie outside the FFNs to convert, and every token uses them. Raise it"
+                f"model_active={self.model_active} cannot be reached: {1 - ffn_parameters / parameters:.0%} "
+                "of the parameters lie outside the FFNs to convert, and every token uses them. Raise it"
             )
         return replace(self, ffn_active=round(share, 6), model_active=0.0)

@@ -75,7 +75,7 @@ def test_layers_with_budgets_of_their_own_become_a_monge_checkpoint(tiny_folder,
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match="layers that differ|differ"):
+    with pytest.raises(ValueError, match=r"no place for .*layer"):
         convert(tiny_folder("llama"), replace(config, to="granitemoeshared"), out=tmp_path / "other")
 
 
