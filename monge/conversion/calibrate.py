@@ -164,33 +164,32 @@ def _inputs_of_first(model: nn.Module, layers: nn.ModuleList, chunks: Tensor) ->
 def _run(streams: Streams, ffn: FFN, stream_NLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(output of the layer (N, L, H), inputs of its FFN (T, H), outputs of its FFN (T, H))."""
     args, kwargs = streams.calls[ffn.layer]
-    outs = []
-    with _watched(ffn) as (inputs, outputs):
-        for batch in stream_NLH.split(max(1, BATCH_TOKENS // stream_NLH.shape[1])):
-            out = streams.layers[ffn.layer](batch, *args, **kwargs)
-            outs.append(out[0] if isinstance(out, tuple) else out)
-    width = stream_NLH.shape[-1]
-    return torch.cat(outs), torch.cat(inputs).view(-1, width), torch.cat(outputs).view(-1, width)
+    out_NLH, x_NLH, y_NLH = (torch.empty_like(stream_NLH) for _ in range(3))
+    size = max(1, BATCH_TOKENS // stream_NLH.shape[1])
+    for start in range(0, len(stream_NLH), size):
+        part = slice(start, start + size)
+        with _watched(ffn, x_NLH[part], y_NLH[part]):
+            out = streams.layers[ffn.layer](stream_NLH[part], *args, **kwargs)
+        out_NLH[part] = out[0] if isinstance(out, tuple) else out
+    return out_NLH, x_NLH.flatten(0, 1), y_NLH.flatten(0, 1)
 
 
 @contextmanager
-def _watched(ffn: FFN) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Collects the inputs and outputs of the FFN."""
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+def _watched(ffn: FFN, x_BLH: Tensor, y_BLH: Tensor) -> Iterator[None]:
+    """Copies the input and the output of the FFN's next call into ``x_BLH`` and ``y_BLH``."""
 
     def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(args[0])
+        x_BLH.copy_(args[0].view_as(x_BLH))
 
     def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output)
+        y_BLH.copy_(output.view_as(y_BLH))
 
     handles = [
         ffn.input_module.register_forward_pre_hook(before),
         ffn.output_module.register_forward_hook(after),
     ]
     try:
-        yield inputs, outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()
