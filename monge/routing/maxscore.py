@@ -20,7 +20,7 @@ from monge.routing.checks import (
     check_share,
 )
 from monge.routing.gates import gates_of, normalised, scores_of, top_k_of
-from monge.routing.losses import load_balance_loss, slot_shares
+from monge.routing.losses import load_balance_loss, shared_balance
 from monge.routing.router import Batch, Choice
 from monge.routing.stepped import SteppedRouter
 
@@ -121,8 +121,11 @@ class MaxScore(SteppedRouter):
         gates_TK = self._gates(logits_TE, priced_TE, indices_TK)
         loss = None
         if self.coefficient and self.training:
-            shares_E = slot_shares(indices_TK[:, :1], self.num_experts, mask=batch.mask_T)
-            loss = self.coefficient * load_balance_loss(logits_TE.softmax(dim=1), shares_E, mask=batch.mask_T)
+            shares_E, count = shared_balance(
+                indices_TK[:, :1], self.num_experts, mask=batch.mask_T, rows=self.ranks
+            )
+            probs_TE = logits_TE.softmax(dim=1)
+            loss = self.coefficient * load_balance_loss(probs_TE, shares_E, mask=batch.mask_T, count=count)
         return Choice(indices_TK, gates_TK, loss, prices_E)
 
     def _by_flow(self, scores_TE: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,4 +156,4 @@ class MaxScore(SteppedRouter):
         return normalised(relaxed_TE.gather(1, indices_TK))
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:
-        self.prices.copy_(torch.where(seen, self.prices.lerp(mean_E, 1 - self.momentum), self.prices))
+        self.blend_prices(mean_E, seen, self.momentum)

@@ -55,7 +55,9 @@ class Quantile(PricedRouter):
         self.momentum, self.scores = momentum, scores
 
     def statistic(self, scores_TE: Tensor, indices_TK: Tensor, batch: Batch) -> Tensor:
-        return quantile_prices(scores_TE, self.top_k, prices=self.prices, mask=batch.mask_T)
+        return quantile_prices(
+            scores_TE, self.top_k, prices=self.prices, mask=batch.mask_T, group=self.ranks.group
+        )
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:
-        self.prices.copy_(torch.where(seen, self.prices.lerp(mean_E, 1 - self.momentum), self.prices))
+        self.blend_prices(mean_E, seen, self.momentum)

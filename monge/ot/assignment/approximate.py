@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from monge.ot.assignment.completion import complete_assignment
-from monge.ot.prices import Target, margin_step
+from monge.ot.targets import Target, margin_step
 
 STRIDE = 8
 SAMPLE_FROM = 2048

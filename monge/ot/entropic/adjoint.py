@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from monge.ot.entropic import cpu_adjoint
-from monge.ot.entropic.distributed import LOCAL, RowGroup
+from monge.ot.distributed import LOCAL, RowGroup
 from monge.ot.entropic.laplacian import solve_laplacian
 
 

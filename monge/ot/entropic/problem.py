@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monge.ot.entropic import cpu_kernels as kernels
-from monge.ot.entropic.distributed import RowGroup
+from monge.ot.distributed import RowGroup
 from monge.ot.entropic.iteration import largest
 
 _REACH = 1e290  # largest |score| / epsilon: differences of these, and Newton's levels, stay finite
