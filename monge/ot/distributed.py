@@ -55,9 +55,9 @@ class RowGroup:
         """(R, ...): ``values`` of every rank, in the order of the ranks."""
         if self.group is None:
             return values.detach()[None]
-        out = values.new_empty((self.size * values.numel(),))
-        dist.all_gather_into_tensor(out, values.detach().reshape(-1).contiguous(), group=self.group)
-        return out.view(self.size, *values.shape)
+        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, values.detach().contiguous(), group=self.group)
+        return torch.stack(parts)
 
     def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         if self.group is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from monge.ot import soft_topk
+from monge.ot.distributed import LOCAL
 from monge.routing.assigning import balanced_choice
 from monge.routing.checks import (
     check_at_least_one,
@@ -41,6 +42,11 @@ class MaxScore(SteppedRouter):
     On an accelerator ``method="exact"`` copies the scores to the host and waits for them in every training
     forward; "approximate" stays on the device, still never exceeds the capacity, and comes within about 0.1%
     of the optimum.
+
+    Over several ranks "exact" is per rank: each solves the assignment of its own tokens, balanced on every
+    rank and so in total, and `monge.step` averages the kept prices. "approximate" with
+    `monge.routing.use_group` assigns the tokens of all ranks together (unless ``per="sequence"``): an expert
+    may take more of one rank's tokens where it takes fewer of another's.
 
     Args:
         scores: S, "softmax" P (the paper) or "logits" Z.
@@ -112,7 +118,7 @@ class MaxScore(SteppedRouter):
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         scores_TE = scores_of(logits_TE, self.scores)
         prices_E: Tensor | None
-        if self.training_route and len(scores_TE):
+        if self.training_route and (len(scores_TE) or not self.ranks.is_local):
             indices_TK, prices_E, priced_TE = self._by_flow(scores_TE, batch)
         else:
             prices_E = self.prices.clone() if self.eval_prices else None
@@ -134,7 +140,12 @@ class MaxScore(SteppedRouter):
         mask_BL = None if batch.mask_T is None else batch.mask_T.reshape(B, L)
         scores_BLE = scores_TE.reshape(B, L, self.num_experts)
         indices_BLK, prices_BE = balanced_choice(
-            scores_BLE, self.top_k, mask=mask_BL, capacity_factor=self.capacity_factor, method=self.method
+            scores_BLE,
+            self.top_k,
+            mask=mask_BL,
+            capacity_factor=self.capacity_factor,
+            method=self.method,
+            ranks=self.ranks if self.per == "batch" else LOCAL,
         )
         if mask_BL is None:
             prices_E = prices_BE.mean(0)

@@ -1,0 +1,135 @@
+"""Tokens to the ranks that hold their experts, and the results back: two all-to-all exchanges, forward and backward.
+
+A rank sorts its slots by expert, tells every rank how many rows each of its experts will get (E numbers), and
+sends the rows. Whoever holds the expert runs one of the local compute paths on what arrived. The rows come
+back in the order in which they left, and are summed at home with the gates. Loads may be as uneven as they
+like; a rank may have no token, no row to compute or no expert at all, but has to take part.
+
+The result is that of `monge.moe.Experts` with all experts on one rank, up to the rounding of sums in the
+gradients. The splits of an exchange must be known to the host: one synchronisation per forward.
+
+Shapes: T tokens, K slots per token, E experts, H model width, N rows sent, M rows received, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from monge.moe.compute import PATHS
+from monge.moe.compute.operator import sum_dtype
+from monge.moe.dispatch import combine, sort_slots
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Which ranks share the experts, and how many each holds, in their order.
+
+    Attributes:
+        group: the ranks.
+        held: experts of each rank; rank 0 holds the first ones.
+    """
+
+    group: dist.ProcessGroup
+    held: tuple[int, ...]
+
+    def experts(
+        self,
+        hidden_TH: Tensor,
+        indices_TK: Tensor,
+        weights_TK: Tensor,
+        proj_in_EJH: Tensor,
+        proj_out_EHI: Tensor,
+        activation: str,
+        bias_EJ: Tensor | None,
+        path: str,
+    ) -> Tensor:
+        """(T, H), as a compute path; the projections hold the experts of this rank alone.
+
+        The gradients of the projections are those of the mean of the ranks' losses, as data parallelism makes
+        those of all other weights.
+        """
+        slots = sort_slots(indices_TK, sum(self.held))
+        sent_E = slots.counts_E
+        counts_RE = self._swap_counts(sent_E)
+        sent = [int(part.sum()) for part in sent_E.cpu().split(list(self.held))]
+        received = counts_RE.sum(1).tolist()
+        rows_NH = _Spread.apply(hidden_TH, slots.tokens_R, slots.rows_TK)
+        rows_MH = _Swap.apply(rows_NH, sent, received, self.group)
+        local_E = torch.arange(counts_RE.shape[1], device=hidden_TH.device).repeat(len(self.held))
+        expert_M1 = local_E.repeat_interleave(counts_RE.flatten().to(hidden_TH.device))[:, None]
+        share = 1.0 / len(self.held)
+        proj_in_EJH, proj_out_EHI = _Scaled.apply(proj_in_EJH, share), _Scaled.apply(proj_out_EHI, share)
+        bias_EJ = None if bias_EJ is None else _Scaled.apply(bias_EJ, share)
+        ones_M1 = torch.ones_like(expert_M1, dtype=sum_dtype(hidden_TH, weights_TK))
+        out_MH = PATHS[path](rows_MH, expert_M1, ones_M1, proj_in_EJH, proj_out_EHI, activation, bias_EJ)
+        out_NH = _Swap.apply(out_MH, received, sent, self.group)
+        none_1H = out_NH.new_zeros(1, out_NH.shape[1])  # what an empty slot reads
+        padded_XH = torch.cat([out_NH, none_1H]).to(ones_M1.dtype)
+        out_TKH = padded_XH.index_select(0, slots.rows_TK.flatten()).view(*indices_TK.shape, -1)
+        return (out_TKH * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TH.dtype)
+
+    def _swap_counts(self, sent_E: Tensor) -> Tensor:
+        """(R, E_r) on the host: rows that each rank sends to each of this rank's experts."""
+        mine = self.held[dist.get_rank(self.group)]
+        received = sent_E.new_empty(mine * len(self.held))
+        dist.all_to_all_single(received, sent_E, [mine] * len(self.held), list(self.held), group=self.group)
+        return received.cpu().view(len(self.held), mine)
+
+
+class _Spread(torch.autograd.Function):
+    """(N, H) rows of the tokens by expert; backward sums a token's rows in the order of its slots."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, tokens_N: Tensor, rows_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_TK)
+        return hidden_TH.index_select(0, tokens_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None]:
+        (rows_TK,) = ctx.saved_tensors
+        wide = torch.promote_types(grad_NH.dtype, torch.float32)
+        padded_XH = torch.cat([grad_NH, grad_NH.new_zeros(1, grad_NH.shape[1])]).to(wide)
+        return combine(padded_XH, rows_TK).to(grad_NH.dtype), None, None
+
+
+class _Swap(torch.autograd.Function):
+    """``sent[r]`` rows to rank r, ``received[r]`` rows from it; backward sends the gradients the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_NH: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _swap(rows_NH, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, None, None, None]:
+        return _swap(grad_MH, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _swap(rows_NH: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    out_MH = rows_NH.new_empty(sum(received), rows_NH.shape[1])
+    dist.all_to_all_single(out_MH, rows_NH.contiguous(), received, sent, group=group)
+    return out_MH
+
+
+class _Scaled(torch.autograd.Function):
+    """The tensor itself, with ``factor`` times its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * grad, None
