@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold their experts, and the results back: two all-to-all exchanges, forward and backward.
+"""Tokens to the ranks that hold their experts, and the results back: all-to-all exchanges of rows.
 
 A rank sorts its slots by expert, tells every rank how many rows each of its experts will get (E numbers), and
 sends the rows. Whoever holds the expert runs one of the local compute paths on what arrived. The rows come
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from monge.moe.compute import PATHS
+from monge.moe.compute import PATHS, choose_path
 from monge.moe.compute.operator import sum_dtype
 from monge.moe.dispatch import combine, sort_slots
 
@@ -38,6 +38,9 @@ class Exchange:
     group: dist.ProcessGroup
     held: tuple[int, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        return self  # a copy of a layer exchanges with the same ranks
+
     def experts(
         self,
         hidden_TH: Tensor,
@@ -47,12 +50,12 @@ class Exchange:
         proj_out_EHI: Tensor,
         activation: str,
         bias_EJ: Tensor | None,
-        path: str,
+        compute: str,
     ) -> Tensor:
         """(T, H), as a compute path; the projections hold the experts of this rank alone.
 
-        The gradients of the projections are those of the mean of the ranks' losses, as data parallelism makes
-        those of all other weights.
+        ``compute`` is a path or "auto". The gradients of the projections are those of the mean of the ranks'
+        losses, as data parallelism makes those of all other weights.
         """
         slots = sort_slots(indices_TK, sum(self.held))
         sent_E = slots.counts_E
@@ -66,8 +69,12 @@ class Exchange:
         share = 1.0 / len(self.held)
         proj_in_EJH, proj_out_EHI = _Scaled.apply(proj_in_EJH, share), _Scaled.apply(proj_out_EHI, share)
         bias_EJ = None if bias_EJ is None else _Scaled.apply(bias_EJ, share)
+        if compute == "auto":
+            compute = choose_path(len(rows_MH), rows_MH.shape[1], rows_MH.dtype, rows_MH.device)
+        if not len(rows_MH):
+            compute = "loop"  # which runs nothing; kernels want at least a row
         ones_M1 = torch.ones_like(expert_M1, dtype=sum_dtype(hidden_TH, weights_TK))
-        out_MH = PATHS[path](rows_MH, expert_M1, ones_M1, proj_in_EJH, proj_out_EHI, activation, bias_EJ)
+        out_MH = PATHS[compute](rows_MH, expert_M1, ones_M1, proj_in_EJH, proj_out_EHI, activation, bias_EJ)
         out_NH = _Swap.apply(out_MH, received, sent, self.group)
         none_1H = out_NH.new_zeros(1, out_NH.shape[1])  # what an empty slot reads
         padded_XH = torch.cat([out_NH, none_1H]).to(ones_M1.dtype)
@@ -80,6 +87,11 @@ class Exchange:
         received = sent_E.new_empty(mine * len(self.held))
         dist.all_to_all_single(received, sent_E, [mine] * len(self.held), list(self.held), group=self.group)
         return received.cpu().view(len(self.held), mine)
+
+
+def local_part(weight: Any) -> Tensor:
+    """What this rank holds of a DTensor."""
+    return weight.to_local()
 
 
 class _Spread(torch.autograd.Function):

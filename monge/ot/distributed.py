@@ -1,4 +1,4 @@
-"""Sums, maxima and order statistics over the rows of every rank: what a distributed solve adds to a local one.
+"""Sums, maxima and order statistics over the rows of all ranks: what a distributed solve adds to a local one.
 
 The rows of the score matrix are spread over the ranks of a process group and the columns are shared. The
 solvers ask for totals over all rows; here is where they cross the ranks. A forward sends messages of O(E)
@@ -114,7 +114,7 @@ def nth_largest(values_TE: Tensor, n_1: Tensor, rows: RowGroup, *, midway: bool 
 
 
 def _ordered_bits(values: Tensor) -> Tensor:
-    """Integers of the width of ``values`` and in their order: negative floats have their other bits flipped."""
+    """Integers in the order of ``values``: the bits, of negative floats all but the sign flipped."""
     bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 

@@ -56,7 +56,9 @@ class Target(NamedTuple):
         if capacity is None:
             share = T * k // E
             return (
-                cls(share, False) if mask is None else cls.masked(mask, share, k * count_rows(mask) // E, False)
+                cls(share, False)
+                if mask is None
+                else cls.masked(mask, share, k * count_rows(mask) // E, False)
             )
         if mask is None:
             return cls(capacity, E * capacity > T * k)
@@ -85,7 +87,7 @@ class Target(NamedTuple):
 
     def without_need(self, prices_E: Tensor) -> Tensor:
         """The prices, or zeros where no column can be overloaded, which with several ranks no shape tells."""
-        if self.rank_1 is None or self.clip is False:
+        if self.rank_1 is None or self.total_1 is None or self.clip is False:
             return prices_E
         return torch.where(self.rank_1 >= self.total_1, 0.0, prices_E)
 

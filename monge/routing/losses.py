@@ -34,7 +34,9 @@ def load_balance_loss(
         >>> round(load_balance_loss(probs, torch.tensor([1.0, 0.0])).item(), 4)
         1.5
     """
-    return probs_TE.shape[1] * (shares_E.detach().to(probs_TE.dtype) * masked_mean(probs_TE, mask, count)).sum()
+    return (
+        probs_TE.shape[1] * (shares_E.detach().to(probs_TE.dtype) * masked_mean(probs_TE, mask, count)).sum()
+    )
 
 
 def sequence_balance_loss(
@@ -117,8 +119,10 @@ def slot_loads(
 def shared_balance(
     indices_TK: Tensor, num_experts: int, *, mask: Tensor | None, rows: RowGroup
 ) -> tuple[Tensor, Tensor | None]:
-    """``shares_E`` over all ranks and the ``count`` for which the mean of the ranks' losses is the loss of all
-    their tokens, from one message of E numbers; alone, this batch's shares and None."""
+    """Shares (E,) over all ranks, and the ``count`` with which the ranks' losses have that of all as mean.
+
+    From one message of E numbers. Alone: this batch's shares and None.
+    """
     if rows.is_local:
         return slot_shares(indices_TK, num_experts, mask=mask), None
     loads_E = slot_loads(indices_TK, num_experts, mask=mask, rows=rows).to(torch.float64)
@@ -127,8 +131,10 @@ def shared_balance(
 
 
 def shared_sum(values: Tensor, rows: RowGroup) -> Tensor:
-    """``values`` summed over the ranks. Each rank's gradient is R times that of its own part, so that the mean
-    over R ranks, which data parallelism takes, is the gradient of the sum."""
+    """``values`` summed over the R ranks, with R times the gradient of this rank's part.
+
+    So the mean over the ranks, which data parallelism takes of the gradients, is the gradient of the sum.
+    """
     if rows.is_local:
         return values
     return rows.sum(values) + rows.size * (values - values.detach())

@@ -68,7 +68,7 @@ class SteppedRouter(Router):
         """
 
     def blend_prices(self, mean_E: Tensor, seen: Tensor, momentum: float) -> None:
-        """``prices <- momentum * prices + (1 - momentum) * mean_E``, for the ``update`` of several methods."""
+        """``prices <- momentum * prices + (1 - momentum) * mean_E``, as several methods update."""
         prices: Tensor = self.get_buffer("prices")
         prices.copy_(torch.where(seen, prices.lerp(mean_E.to(prices.dtype), 1 - momentum), prices))
 

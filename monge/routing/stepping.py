@@ -1,4 +1,4 @@
-"""What is asked of a whole model: `use_group` once, `aux_loss` before a backward pass, `step` after an optimizer step.
+"""What is asked of a whole model: `use_group` once, `aux_loss` and `step` in every optimizer step.
 
 Shapes: E experts.
 """

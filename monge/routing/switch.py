@@ -75,9 +75,7 @@ class Switch(SteppedRouter):
                 probs_TE, indices_TK, batch.sequences[1], mask=batch.mask_T, group=self.ranks.group
             )
         else:
-            shares_E, count = shared_balance(
-                indices_TK, self.num_experts, mask=batch.mask_T, rows=self.ranks
-            )
+            shares_E, count = shared_balance(indices_TK, self.num_experts, mask=batch.mask_T, rows=self.ranks)
             if self.scope == "global":
                 self.collect(shares_E, batch)
                 shares_E = torch.where(self.shares.sum() > 0, self.shares, shares_E)

@@ -177,7 +177,9 @@ def _check_values(scores: Tensor, mask: Tensor | None, rows: RowGroup) -> None:
     forbidden = forbidden.any() if mask is None else (forbidden & mask.unsqueeze(-1)).any()
     bad, pairs = rows.max(torch.tensor([bool(message), bool(forbidden)]).double()).bool().tolist()
     if bad:
-        raise ValueError(message or "scores of valid rows are NaN or +inf on another rank; clean or mask them")
+        raise ValueError(
+            message or "scores of valid rows are NaN or +inf on another rank; clean or mask them"
+        )
     if pairs:
         raise ValueError(
             "scores of valid rows must be finite with a process group, and some are -inf: give forbidden "

@@ -110,8 +110,8 @@ def complete_assignment(
 ) -> tuple[Tensor, Tensor]:
     """Complete each instance; returns the slots and (B,) bool, whether a complete assignment exists.
 
-    Capacities are (B,), or (B, E) where columns differ. On an accelerator one flag is read (is anything missing?), and only if it is set does the work go to the
-    CPU.
+    Capacities are (B,), or (B, E) where columns differ. On an accelerator one flag is read (is anything
+    missing?), and only if it is set does the work go to the CPU.
     """
     slots_BTk = slots_BTk.clone()
     complete_B = ~((slots_BTk < 0).any(-1) & mask_BT).any(-1)

@@ -1,4 +1,4 @@
-"""The approximate method over the rows of several ranks: shared prices, quotas, and a local assignment to them.
+"""The approximate method over the rows of several ranks: shared prices, quotas, a local assignment to them.
 
 1. Prices: margin steps on the rows of all ranks, exact order statistics by counting (`monge.ot.distributed`).
 2. Every rank tells how many of its rows want each column at these prices, E + 1 numbers. From these demands
@@ -6,10 +6,10 @@
    every column in total and leave every rank the places that its rows need.
 3. Every rank assigns its rows under its quotas, by the proposals and the completion of the local method.
 
-So loads in total never exceed the capacity and nothing is dropped: k places of distinct columns can be found
-for T_r rows wherever ``q_re <= T_r`` and ``sum_e q_re >= k T_r``, because ``sum_e min(q_re, j)`` is concave in
-j and therefore at least k j for every j <= T_r (Gale, 1957). All scores must be finite: a forbidden pair could
-make a quota unusable.
+So loads in total never exceed the capacity and nothing is dropped: k places of distinct columns can be
+found for T_r rows wherever ``q_re <= T_r`` and ``sum_e q_re >= k T_r``, because ``sum_e min(q_re, j)`` is
+concave in j and therefore at least k j for every j <= T_r (Gale, 1957). All scores must be finite: a
+forbidden pair could make a quota unusable.
 
 Shapes: B instances, T rows, E columns, k choices per row, R ranks.
 """
@@ -29,7 +29,7 @@ from monge.ot.targets import Target, margin_step
 def solve_shared(
     scores_BTE: Tensor, mask_BT: Tensor, k: int, capacity_B: Tensor, total_B: Tensor, rows: RowGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's indices (B, T, k) in no order, float64 prices (B, E) of all ranks, and (B,) whether complete.
+    """This rank's indices (B, T, k) in no order, prices (B, E) of all ranks, and (B,) whether complete.
 
     Args:
         scores_BTE: float32 or float64, finite where valid; this rank's rows.
@@ -110,18 +110,17 @@ def quotas(demand_RE: np.ndarray, rows_R: np.ndarray, k: int, capacity: int) -> 
         short_R[r] -= given
     for r in np.flatnonzero(short_R):
         while short_R[r] > 0:
-            _exchange(quota_RE, rows_R, room_E, short_R, r)
+            _exchange(quota_RE, rows_R, room_E, short_R, int(r))
     return quota_RE
 
 
 def _exchange(
     quota_RE: np.ndarray, rows_R: np.ndarray, room_E: np.ndarray, short_R: np.ndarray, r: int
 ) -> None:
-    """Rank r already has as many places as rows on every column with room: another rank moves there from a full
-    column e, and r takes its places on e.
+    """Give rank r places on a full column e, from which another rank moves to a column f with room.
 
-    There is such a rank: of the full column e the others hold more places than of the column with room, for r
-    holds fewer of e.
+    Rank r has as many places as rows on every column with room already. There is such a rank: of e the others
+    hold more places than of f, for r holds fewer, and e is full while f is not.
     """
     f = int(room_E.argmax())
     open_E = quota_RE[r] < rows_R[r]

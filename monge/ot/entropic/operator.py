@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from monge.ot.entropic.adjoint import plan_gradients
 from monge.ot.distributed import RowGroup
+from monge.ot.entropic.adjoint import plan_gradients
 from monge.ot.entropic.solver import Solution, solve
 
 
