@@ -1,8 +1,8 @@
-"""What both examples need of torchrun: a process group on whatever device there is, and checkpoints that survive.
+"""What both examples need under torchrun: a process group on any device, and checkpoints that survive.
 
 `job` joins the processes and explains the end of a job that lost one. `Checkpoints` writes with
-torch.distributed.checkpoint into a folder that gets its name only when every process is done, so that the last
-checkpoint is whole whenever a process dies, and loads it into any number of processes.
+torch.distributed.checkpoint into a folder that gets its name only when every process is done, so that the
+last checkpoint is whole whenever a process dies, and loads it into any number of processes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "nccl", "gloo
 def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
     """Join the processes that torchrun started; the device of this one.
 
-    A process that dies, or that is silent for ``timeout_s`` seconds, ends the job: the others say so, with the
-    checkpoint from which the same command goes on, and exit with status 1; torchrun ends what is left.
+    A process that dies, or that is silent for ``timeout_s`` seconds, ends the job: the others say so, with
+    the checkpoint from which the same command goes on, and exit with status 1; torchrun ends what is left.
     """
     device = torch.device("cpu")
     if torch.accelerator.is_available():
@@ -87,7 +87,7 @@ class Checkpoints:
         dist.barrier()
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore the last checkpoint, whatever number of processes wrote it; returns its step, 0 for none."""
+        """Restore the last checkpoint, however many processes wrote it; returns its step, 0 for none."""
         last = self.latest()
         if last is None:
             return 0

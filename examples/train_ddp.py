@@ -1,11 +1,12 @@
 """Train a small byte-level language model with balanced experts on several processes, by DDP or FSDP2.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py --router prices --out runs/ddp
-    torchrun --nproc-per-node 8 examples/train_ddp.py --router ssr --fsdp --out runs/fsdp   # NCCL where there are GPUs
+    torchrun --nproc-per-node 8 examples/train_ddp.py --router ssr --fsdp --out runs/fsdp
 
-Every process takes its share of the same batch, and `monge.routing.use_group` balances over all of it: the loss
-does not depend on the number of processes. The text is this repository's documentation unless --text says more.
-The same command goes on after an interruption, on as many processes as there are then.
+On GPUs it runs on NCCL, on CPUs on gloo. Every process takes its share of the same batch, and
+`monge.routing.use_group` balances over all of it: the loss does not depend on the number of processes. The
+text is this repository's documentation unless --text names other files. The same command goes on after an
+interruption, on as many processes as there are then.
 
 Shapes: B sequences of this process, S context, H width, V bytes.
 """
@@ -85,7 +86,9 @@ def main() -> None:
         if BATCH % dist.get_world_size():
             raise SystemExit(f"the batch of {BATCH} wants a number of processes that divides it")
         files = args.text or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        text_N = torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+        text_N = torch.frombuffer(
+            bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8
+        )
         torch.manual_seed(0)  # the same weights everywhere
         model: nn.Module = ByteModel(args.router).to(device)
         use_group(model, dist.new_group())  # apart from the messages of DDP

@@ -1,4 +1,4 @@
-"""Several gloo processes on this machine for a test: `on_ranks` runs a function on each and collects the results."""
+"""Several gloo processes on this machine: `on_ranks` runs a function on each and collects the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT = timedelta(seconds=120)  # a deadlock fails the test
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """``work(*args)`` on every rank of a gloo group, which has one thread each; what they returned, by rank."""
+    """``work(*args)`` on every rank of a gloo group, one thread each; what they returned, by rank."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, args=(ranks, folder, work, args), nprocs=ranks)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -78,7 +78,7 @@ class Exchange:
         out_NH = _Swap.apply(out_MH, received, sent, self.group)
         none_1H = out_NH.new_zeros(1, out_NH.shape[1])  # what an empty slot reads
         padded_XH = torch.cat([out_NH, none_1H]).to(ones_M1.dtype)
-        out_TKH = padded_XH.index_select(0, slots.rows_TK.flatten()).view(*indices_TK.shape, hidden_TH.shape[1])
+        out_TKH = padded_XH.index_select(0, slots.rows_TK.flatten()).view(*indices_TK.shape, len(none_1H[0]))
         return (out_TKH * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TH.dtype)
 
     def _swap_counts(self, sent_E: Tensor) -> Tensor:

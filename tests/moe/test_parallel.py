@@ -25,7 +25,8 @@ import monge
 from monge.moe import MoE
 from monge.moe.parallel import clip_gradients, expert_parameters, held_by, shard_experts
 
-RANKS, H, STEPS = 4, 6, 3
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+RANKS, H, STEPS = 4, 6, 2
 # Experts, tokens of each rank, further arguments of the layer.
 CASES = {
     "even": (8, (5, 5, 5, 5), {}),
@@ -61,6 +62,11 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def work(folder: str) -> dict:
+    """All that needs four processes; starting them takes longer than what they do."""
+    return {"exchange": exchange_work(), "train": train_work(folder), "errors": errors_work()}
+
+
 def exchange_work() -> dict:
     rank, found = dist.get_rank(), {}
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -82,14 +88,14 @@ def exchange_work() -> dict:
 
 
 @pytest.fixture(scope="module")
-def exchanged():
-    return on_ranks(RANKS, exchange_work)
+def worked(tmp_path_factory) -> tuple[list[dict], Path]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return on_ranks(RANKS, work, str(folder)), folder
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_layer_on_one_process(name, exchanged):
+def test_equals_the_layer_on_one_process(name, worked):
+    exchanged = [found["exchange"] for found in worked[0]]
     E, tokens, _ = CASES[name]
     layer, xs, masks = layer_of(name)
     layer_loads = []
@@ -192,6 +198,15 @@ def train_work(folder: str) -> dict:
     return found
 
 
+def resume_all(folder: str) -> list[tuple[str, str, str, Tensor]]:
+    return [
+        (wrapper, moment, name, value)
+        for wrapper in ("ddp", "fsdp")
+        for moment, state in resume_work(folder, wrapper).items()
+        for name, value in state.items()
+    ]
+
+
 def resume_work(folder: str, wrapper: str) -> dict:
     model = Model("ssr")
     for weight in model.parameters():
@@ -212,12 +227,6 @@ def resume_work(folder: str, wrapper: str) -> dict:
     return {"loaded": loaded, "stepped": {n: whole(v) for n, v in model.state_dict().items()}}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[list[dict], Path]:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    return on_ranks(RANKS, train_work, str(folder)), folder
-
-
 def reference(router: str, steps: int = STEPS) -> dict[str, Tensor]:
     model = Model(router)
     optimizer = optimizer_of(model)
@@ -226,43 +235,44 @@ def reference(router: str, steps: int = STEPS) -> dict[str, Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("router", ROUTERS)
-def test_training_equals_one_process(router, wrapper, trained):
+def test_training_equals_one_process(router, wrapper, worked):
     expected = reference(router)
-    for found in trained[0]:
+    for found in worked[0]:
         for name, value in expected.items():
             torch.testing.assert_close(
-                found[router, wrapper][name], value, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+                found["train"][router, wrapper][name],
+                value,
+                rtol=0,
+                atol=1e-9,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_a_checkpoint_of_four_ranks_goes_on_with_two(wrapper, trained):
-    _, folder = trained
+def test_a_checkpoint_of_four_ranks_goes_on_with_two(worked):
     expected = {"loaded": reference("ssr"), "stepped": reference("ssr", STEPS + 1)}
-    for found in on_ranks(2, resume_work, str(folder), wrapper):
-        for moment in expected:
-            for name, value in expected[moment].items():
-                torch.testing.assert_close(
-                    found[moment][name], value, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{moment} {n}: {m}"
-                )
+    for found in on_ranks(2, resume_all, str(worked[1])):
+        for wrapper, moment, name, value in found:
+            torch.testing.assert_close(
+                value,
+                expected[moment][name],
+                rtol=0,
+                atol=1e-9,
+                msg=lambda m, at=(wrapper, moment, name): f"{at}: {m}",
+            )
 
 
 def errors_work() -> list[str]:
-    mesh = init_device_mesh("cpu", (2,))
-    two = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "experts"))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
     sharded = MoE(H, 8, 4, 2)
     shard_experts(sharded, mesh)
     said = []
     for model, given, more in (
         (nn.Linear(2, 2), mesh, {}),
         (sharded, mesh, {}),
-        (MoE(H, 8, 4, 2), init_device_mesh("cpu", (2, 1)), {}),
+        (MoE(H, 8, 4, 2), init_device_mesh("cpu", (2, 2)), {}),
         (MoE(H, 8, 4, 2), mesh, {"reshard_after_forward": False}),
         (MoE(7, 8, 4, 2), two, {}),
     ):
@@ -274,12 +284,8 @@ def errors_work() -> list[str]:
     return said
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_errors_name_the_remedy():
-    for said in on_ranks(2, errors_work):
-        for words, message in zip(
-            ("monge.MoE", "sharded already", "with names", "reshard_after_forward", "7 rows of down_proj"),
-            said,
-        ):
-            assert words in message
+def test_errors_name_the_remedy(worked):
+    words = ("monge.MoE", "sharded already", "with names", "reshard_after_forward", "7 rows of down_proj")
+    for found in worked[0]:
+        for word, message in zip(words, found["errors"], strict=True):
+            assert word in message

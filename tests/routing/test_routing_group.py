@@ -5,8 +5,6 @@ Shapes: T tokens of a rank.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import monge
-from monge.routing import make_router, use_group
+from monge.routing import use_group
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
