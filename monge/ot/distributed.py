@@ -79,9 +79,9 @@ LOCAL = RowGroup(None)
 def nth_largest(values_TE: Tensor, n_1: Tensor, rows: RowGroup, *, midway: bool = False) -> Tensor:
     """(..., E), the (n+1)-th largest of every column over the rows of all ranks, or the middle to the n-th.
 
-    Exact: a radix search settles four bits of the answer a round, on counts of 15 candidates a column. That
-    is 8 messages of 15 E numbers for float32, 16 for float64, and two of E for ``midway``. A column with at
-    most n values has -inf.
+    Exact: a radix search settles four bits of the answer a round, on int32 counts of 15 candidates a column.
+    That is 8 messages of 15 E numbers for float32, 16 for float64, and two of E for ``midway``. A column with
+    at most n values has -inf.
 
     Args:
         values_TE: (..., T, E), float32 or float64, any T on each rank; no NaN.
@@ -97,7 +97,7 @@ def nth_largest(values_TE: Tensor, n_1: Tensor, rows: RowGroup, *, midway: bool 
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         candidates_ED = base_E1 + (digits_D << shift)
         below_ED = torch.searchsorted(sorted_ET, candidates_ED.to(keys_ET.dtype))
-        enough_ED = rows.sum(T - below_ED) > n_1.unsqueeze(-1)
+        enough_ED = rows.sum((T - below_ED).to(torch.int32)) > n_1.unsqueeze(-1)
         base_E1 = base_E1 + (enough_ED.sum(-1, keepdim=True) << shift)
     low_E = _from_ordered_bits(base_E1.squeeze(-1).to(keys_ET.dtype), values_TE.dtype)
     low_E = torch.where(low_E.isnan(), -torch.inf, low_E)  # nobody had as many: the lowest key of all

@@ -25,7 +25,7 @@ import monge
 from monge.moe import MoE
 from monge.moe.parallel import clip_gradients, expert_parameters, held_by, shard_experts
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 RANKS, H, STEPS = 4, 6, 2
 # Experts, tokens of each rank, further arguments of the layer.
 CASES = {

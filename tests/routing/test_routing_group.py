@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import monge
 from monge.routing import use_group
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 RANKS, STEPS, T = 2, 20, 24
 MORE = {"ssr_carry": {"p": 0.6}, "switch": {"z_loss": 0.01}}

@@ -72,13 +72,19 @@ def shared_prices(
         prices_BE = torch.where(slack_B1, level_BE, prices_BE)
     target = Target.spread(mask_BT, capacity_B1, total_B1, slack_B1, rows)
     best_BE, least_B1 = prices_BE, torch.full_like(capacity_B1, torch.inf, dtype=torch.float64)
-    for _ in range(STEPS_ON_ALL + 1 if k < E else 0):
+    for step in range(STEPS_ON_ALL + 1 if k < E else 0):
         moved_BE, sums_B = margin_step(scores_BTE, prices_BE, k, target)
-        dual_B1 = rows.sum(sums_B.unsqueeze(-1)) + capacity_B1 * prices_BE.sum(
-            -1, keepdim=True, dtype=torch.float64
-        )
+        asked_B1 = prices_BE.sum(-1, keepdim=True, dtype=torch.float64)
+        dual_B1 = rows.sum(sums_B.unsqueeze(-1)) + capacity_B1 * asked_B1
         best_BE = torch.where(dual_B1 < least_B1, prices_BE, best_BE)
         least_B1 = torch.minimum(dual_B1, least_B1)
+        if step == STEPS_ON_ALL // 2:
+            reach_B1 = 4 * (moved_BE - prices_BE).abs().amax(-1, keepdim=True)
+            positive_BE = torch.where(moved_BE > 0, moved_BE, -torch.inf)  # the others stay at 0
+            level_BE = levelled(
+                scores_BTE, mask_BT, positive_BE, k, capacity_B1, -reach_B1, reach_B1, 5, rows
+            )
+            moved_BE = torch.where(slack_B1, level_BE, moved_BE)
         prices_BE = moved_BE
     return torch.where(capacity_B1 >= total_B1, 0.0, best_BE)
 
