@@ -6,7 +6,8 @@ One MoE layer, T tokens per process in one micro-batch, `monge.routing.use_group
 without it. What a process hands to a collective is counted at the functions of torch.distributed:
 the size of its tensor for a reduction, its own part for a gather, the rows it sends for an exchange. What the
 network carries per process depends on the algorithm; docs/scale.md has the formulas. Gradients are not
-counted (there is no DDP here).
+counted (there is no DDP here). The last column is a model, not a measurement: forward and backward of the
+layer over --model-ranks ranks, all messages taken as reductions.
 
 Shapes: T tokens of a process, E experts, H model width.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -119,19 +121,33 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--model-ranks", type=int, default=4096, help="of the modelled latency")
+    parser.add_argument("--model-latency", type=float, default=10.0, help="microseconds per hop")
+    parser.add_argument("--model-bandwidth", type=float, default=25.0, help="GB/s per rank")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = args.out or os.path.join(folder, "messages.json")
         torch.multiprocessing.spawn(work, args=(f"{folder}/meeting", args, results), nprocs=args.processes)
-        print_table(json.loads(Path(results).read_text())["rows"])
+        print_table(json.loads(Path(results).read_text())["rows"], args)
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'messages, bytes of a process in':34}" + "".join(f"{phase:>24}" for phase in PHASES))
+def modelled_ms(messages: int, sent: int, args: argparse.Namespace) -> float:
+    """A model of reductions over N ranks, in milliseconds: ``2 log2(N) latency + 2 bytes / bandwidth``."""
+    hops = 2 * math.log2(args.model_ranks)
+    return 1e3 * (messages * hops * args.model_latency * 1e-6 + 2 * sent / (args.model_bandwidth * 1e9))
+
+
+def print_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    print(
+        f"{'messages, bytes of a process in':34}"
+        + "".join(f"{phase:>22}" for phase in PHASES)
+        + "   model, ms"
+    )
     for row in rows:
         name = row["case"] + ("" if row["group"] else " (without group)")
-        cells = "".join(f"{row[phase]['messages']:>8} {row[phase]['bytes']:>15,}" for phase in PHASES)
-        print(f"{name:34}{cells}")
+        cells = "".join(f"{row[phase]['messages']:>8} {row[phase]['bytes']:>13,}" for phase in PHASES)
+        messages, sent = (sum(row[phase][of] for phase in PHASES[:2]) for of in ("messages", "bytes"))
+        print(f"{name:34}{cells}{modelled_ms(messages, sent, args):>12.2f}")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if not chosen.show:
         torch.set_num_threads(chosen.threads)
-        base = ConvertConfig(tokens=chosen.tokens, eval_tokens=256, threads=chosen.threads, rate=chosen.rate)
+        base = ConvertConfig(
+            tokens=chosen.tokens, eval_tokens=256, threads=chosen.threads, rate=chosen.rate
+        )
         campaign = Campaign(chosen.out, base, chosen.steps, chosen.texts)
         for seed, active, method in product(chosen.seeds, chosen.active, chosen.methods):
             if method == CONTROL and (not chosen.steps or active != chosen.active[0]):

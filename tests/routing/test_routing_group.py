@@ -5,6 +5,8 @@ Shapes: T tokens of a rank.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -109,12 +111,35 @@ def _plain(model: nn.Module) -> nn.Module:
     return model
 
 
+def balanced_work() -> dict[str, tuple]:
+    """Routers that assign the tokens of all ranks: their loads here and in all, prices, and an empty call."""
+    rank, found = dist.get_rank(), {}
+    hidden = hidden_states(48 if rank else 24, seed=rank)
+    hidden[:, 0] += 3.0 * (-1) ** rank
+    for name in ("maxscore", "base"):
+        router = build(name, method="approximate")
+        use_group(router, dist.group.WORLD)
+        routing = router(hidden)
+        none = router(hidden_states(0))  # a call without a token on any rank
+        loads = routing.loads.clone()
+        dist.all_reduce(loads)
+        monge.step(router)
+        prices = router.prices.clone() if name == "maxscore" else None
+        copied = copy.deepcopy(router)
+        assert copied.ranks.group is router.ranks.group
+        copied.eval()
+        if rank:  # one rank alone: it would wait for the other if anything were exchanged
+            copied(hidden)
+        found[name] = routing.loads, loads, prices, len(none.indices)
+    return found
+
+
 def work(cases: list[str]) -> dict[str, tuple[dict, dict]]:
     rank = dist.get_rank()
     part = slice(rank * T, (rank + 1) * T)
     alone = [dist.new_group([other]) for other in range(RANKS)][rank]
     own = dist.new_group()
-    return {
+    return {"balanced": balanced_work()} | {
         case: (
             train(case, part, DistributedDataParallel, own, None),
             train(case, part, DistributedDataParallel, None, alone),
@@ -126,6 +151,19 @@ def work(cases: list[str]) -> dict[str, tuple[dict, dict]]:
 @pytest.fixture(scope="module")
 def ranks():
     return on_ranks(RANKS, work, ALONE + SHARED)
+
+
+@pytest.mark.parametrize("name", ["maxscore", "base"])
+def test_an_assignment_balances_over_all_ranks(name, ranks):
+    for found in ranks:
+        mine, total, _, none = found["balanced"][name]
+        assert total.tolist() == [72 * 2 // 6] * 6
+        assert max(mine) > min(mine), "the ranks' own loads are not balanced"
+        assert none == 0
+    if name == "maxscore":
+        first, second = (found["balanced"][name][2] for found in ranks)
+        assert torch.equal(first, second)
+        assert first.abs().max() > 0
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
