@@ -57,36 +57,38 @@ class Exchange:
         ``compute`` is a path or "auto". The gradients of the projections are those of the mean of the ranks'
         losses, as data parallelism makes those of all other weights.
         """
-        slots = sort_slots(indices_TK, sum(self.held))
-        sent_E = slots.counts_E
-        counts_RE = self._swap_counts(sent_E)
-        sent = [int(part.sum()) for part in sent_E.cpu().split(list(self.held))]
-        received = counts_RE.sum(1).tolist()
-        rows_NH = _Spread.apply(hidden_TH, slots.tokens_R, slots.rows_TK)
-        rows_MH = _Swap.apply(rows_NH, sent, received, self.group)
-        local_E = torch.arange(counts_RE.shape[1], device=hidden_TH.device).repeat(len(self.held))
-        expert_M1 = local_E.repeat_interleave(counts_RE.flatten().to(hidden_TH.device))[:, None]
         share = 1.0 / len(self.held)
         proj_in_EJH, proj_out_EHI = _Scaled.apply(proj_in_EJH, share), _Scaled.apply(proj_out_EHI, share)
         bias_EJ = None if bias_EJ is None else _Scaled.apply(bias_EJ, share)
-        if compute == "auto":
-            compute = choose_path(len(rows_MH), rows_MH.shape[1], rows_MH.dtype, rows_MH.device)
-        if not len(rows_MH):
+        slots = sort_slots(indices_TK, sum(self.held))
+        sent, received, expert_M1 = self._announce(slots.counts_E)
+        rows_NH = _Spread.apply(hidden_TH, slots.tokens_R, slots.rows_TK)
+        rows_MH = _Swap.apply(rows_NH, sent, received, self.group)
+        M, H = rows_MH.shape
+        if not M:
             compute = "loop"  # which runs nothing; kernels want at least a row
-        ones_M1 = torch.ones_like(expert_M1, dtype=sum_dtype(hidden_TH, weights_TK))
+        elif compute == "auto":
+            compute = choose_path(M, H, rows_MH.dtype, rows_MH.device)
+        dtype = sum_dtype(hidden_TH, weights_TK)
+        ones_M1 = torch.ones_like(expert_M1, dtype=dtype)
         out_MH = PATHS[compute](rows_MH, expert_M1, ones_M1, proj_in_EJH, proj_out_EHI, activation, bias_EJ)
         out_NH = _Swap.apply(out_MH, received, sent, self.group)
-        none_1H = out_NH.new_zeros(1, out_NH.shape[1])  # what an empty slot reads
-        padded_XH = torch.cat([out_NH, none_1H]).to(ones_M1.dtype)
-        out_TKH = padded_XH.index_select(0, slots.rows_TK.flatten()).view(*indices_TK.shape, len(none_1H[0]))
+        padded_XH = torch.cat([out_NH, out_NH.new_zeros(1, H)]).to(dtype)  # an empty slot reads the zeros
+        out_TKH = padded_XH.index_select(0, slots.rows_TK.flatten()).view(*indices_TK.shape, H)
         return (out_TKH * weights_TK.unsqueeze(-1)).sum(1).to(hidden_TH.dtype)
 
-    def _swap_counts(self, sent_E: Tensor) -> Tensor:
-        """(R, E_r) on the host: rows that each rank sends to each of this rank's experts."""
-        mine = self.held[dist.get_rank(self.group)]
-        received = sent_E.new_empty(mine * len(self.held))
-        dist.all_to_all_single(received, sent_E, [mine] * len(self.held), list(self.held), group=self.group)
-        return received.cpu().view(len(self.held), mine)
+    def _announce(self, counts_E: Tensor) -> tuple[list[int], list[int], Tensor]:
+        """Rows to and from each rank, and the expert (M, 1) of every row to come, of those held here.
+
+        Waits for the device: the host must know the sizes.
+        """
+        ranks, mine = len(self.held), self.held[dist.get_rank(self.group)]
+        told_X = counts_E.new_empty(ranks * mine)
+        dist.all_to_all_single(told_X, counts_E, [mine] * ranks, list(self.held), group=self.group)
+        sent = [int(part_E.sum()) for part_E in counts_E.cpu().split(list(self.held))]
+        received = told_X.view(ranks, mine).sum(1).tolist()
+        experts_X = torch.arange(mine, device=counts_E.device).repeat(ranks)
+        return sent, received, experts_X.repeat_interleave(told_X)[:, None]
 
 
 def local_part(weight: Any) -> Tensor:

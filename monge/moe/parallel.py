@@ -45,7 +45,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, **replicas: Any) -> None:
         model: any module with `MoE` layers inside; on all ranks the same.
         mesh: from ``torch.distributed.init_device_mesh``, of one dimension, or of two with names.
         replicas: further arguments of ``fully_shard`` (``mp_policy``, ``reshard_after_forward``), for a mesh
-            of two dimensions.
+            of two dimensions. A ``mp_policy`` wants ``cast_forward_inputs=False``, or it rounds the gates.
 
     Raises:
         ValueError: ``model`` has no experts or they are sharded already, or the mesh does not fit.

@@ -17,7 +17,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +64,12 @@ def whole(weight: Tensor) -> Tensor:
 
 def work(folder: str) -> dict:
     """All that needs four processes; starting them takes longer than what they do."""
-    return {"exchange": exchange_work(), "train": train_work(folder), "errors": errors_work()}
+    return {
+        "exchange": exchange_work(),
+        "train": train_work(folder),
+        "mixed": mixed_work(),
+        "errors": errors_work(),
+    }
 
 
 def exchange_work() -> dict:
@@ -261,6 +266,38 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_two(worked):
                 atol=1e-9,
                 msg=lambda m, at=(wrapper, moment, name): f"{at}: {m}",
             )
+
+
+def mixed_work() -> tuple[set, Tensor, Tensor]:
+    """Two steps in bfloat16 on a 2 x 2 mesh: dtypes of the gradients, the experts, and the gates."""
+    model = Model("prices").float()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    inner = MixedPrecisionPolicy(**policy, cast_forward_inputs=False)
+    shard_experts(model, mesh, mp_policy=inner)
+    parallel = fully_shard(
+        model, ignored_params=expert_parameters(model), mp_policy=MixedPrecisionPolicy(**policy)
+    )
+    optimizer = optimizer_of(model)
+    with monge.watch(model) as watched:
+        for step in range(2):
+            loss = parallel(batch_of(step, dist.get_rank()).float()).float().square().mean()
+            loss.backward()
+            dtypes = {weight.grad.dtype for weight in model.parameters()}
+            optimizer.step()
+            optimizer.zero_grad()
+            monge.step(model)
+    gates = next(iter(watched.routings.values())).weights
+    return dtypes, whole(model.blocks[0].experts.down_proj.detach()), gates
+
+
+def test_mixed_precision_on_replicas(worked):
+    (dtypes, weight, gates), *others = (found["mixed"] for found in worked[0])
+    assert dtypes == {torch.float32}
+    assert gates.dtype == torch.float32
+    assert torch.isfinite(weight).all()
+    assert (weight - Model("prices").blocks[0].experts.down_proj).abs().max() > 1e-3
+    assert all(torch.equal(weight, other[1]) for other in others)
 
 
 def errors_work() -> list[str]:

@@ -36,6 +36,10 @@ def solve_shared(
         capacity_B: (B,) int64, at most ``total_B``, the valid rows of all ranks.
     """
     B, T, E = scores_BTE.shape
+    enough_B = E * capacity_B >= k * total_B
+    if k == E:  # every row takes every column
+        slots_BTk = torch.arange(E, device=scores_BTE.device).repeat(B, T, 1)
+        return slots_BTk, scores_BTE.new_zeros(B, E, dtype=torch.float64), enough_B
     work_BTE, scale_B1 = conditioned(scores_BTE, mask_BT, rows)
     prices_BE = shared_prices(work_BTE, mask_BT, k, capacity_B.unsqueeze(-1), total_B.unsqueeze(-1), rows)
     wanted_BTk = (work_BTE - prices_BE.unsqueeze(-2)).topk(k, dim=-1).indices
@@ -44,16 +48,13 @@ def solve_shared(
     demand_BE = demand_BE.scatter_add(-1, wanted_BTk, torch.ones_like(wanted_BTk))[:, :E]
     told_RBX = rows.gather(torch.cat([demand_BE, mask_BT.sum(-1, keepdim=True)], -1)).cpu().numpy()
     quota_BE = np.zeros((B, E), np.int64)
-    for b, (capacity, total) in enumerate(zip(capacity_B.tolist(), total_B.tolist())):
-        if E * capacity >= k * total:
+    for b, (capacity, enough) in enumerate(zip(capacity_B.tolist(), enough_B.tolist())):
+        if enough:
             quota_BE[b] = quotas(told_RBX[:, b, :E], told_RBX[:, b, E], k, capacity)[rows.rank]
     limit_BE = torch.from_numpy(quota_BE).to(scores_BTE.device)
-    if k == E:
-        slots_BTk = torch.arange(E, device=scores_BTE.device).repeat(B, T, 1)
-        return slots_BTk, prices_BE.double() * 0.0, E * capacity_B >= k * total_B
     slots_BTk = propose(work_BTE, mask_BT, prices_BE, k, limit_BE)
     slots_BTk, _ = complete_assignment(scores_BTE, slots_BTk, mask_BT, limit_BE)
-    return slots_BTk, prices_BE * scale_B1, E * capacity_B >= k * total_B
+    return slots_BTk, prices_BE * scale_B1, enough_B
 
 
 def shared_prices(
@@ -64,15 +65,14 @@ def shared_prices(
     prices_BE = scores_BTE.new_zeros(B, E)
     slack_B1 = E * capacity_B1 > k * total_B1
     equal = Target.spread(mask_BT, total_B1 * k // E, total_B1, False, rows)
-    for _ in range(STEPS_TO_EQUAL if k < E else 0):
+    for _ in range(STEPS_TO_EQUAL):
         prices_BE, _ = margin_step(scores_BTE, prices_BE, k, equal)
-    if k < E:
-        low_B1, high_B1 = prices_BE.aminmax(dim=-1, keepdim=True)
-        level_BE = levelled(scores_BTE, mask_BT, prices_BE, k, capacity_B1, low_B1, high_B1, 10, rows)
-        prices_BE = torch.where(slack_B1, level_BE, prices_BE)
+    low_B1, high_B1 = prices_BE.aminmax(dim=-1, keepdim=True)
+    level_BE = levelled(scores_BTE, mask_BT, prices_BE, k, capacity_B1, low_B1, high_B1, 10, rows)
+    prices_BE = torch.where(slack_B1, level_BE, prices_BE)
     target = Target.spread(mask_BT, capacity_B1, total_B1, slack_B1, rows)
     best_BE, least_B1 = prices_BE, torch.full_like(capacity_B1, torch.inf, dtype=torch.float64)
-    for step in range(STEPS_ON_ALL + 1 if k < E else 0):
+    for step in range(STEPS_ON_ALL + 1):
         moved_BE, sums_B = margin_step(scores_BTE, prices_BE, k, target)
         asked_B1 = prices_BE.sum(-1, keepdim=True, dtype=torch.float64)
         dual_B1 = rows.sum(sums_B.unsqueeze(-1)) + capacity_B1 * asked_B1
@@ -97,7 +97,7 @@ def quotas(demand_RE: np.ndarray, rows_R: np.ndarray, k: int, capacity: int) -> 
 
     Examples:
         >>> quotas(np.array([[4, 0], [3, 1]]), np.array([4, 4]), 1, 4).tolist()
-        [[3, 1], [1, 3]]
+        [[2, 2], [2, 2]]
     """
     demand_RE = demand_RE.astype(np.int64)
     # What exceeds the capacity is cut from the ranks in proportion to their demand.
