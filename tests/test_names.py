@@ -87,7 +87,9 @@ def test_the_binding_signatures_stand():
         "scores", "epsilon", "row_mass", "col_mass", "mask", "tol", "max_iters", "backward", "noise",
         "generator", "group",
     ]  # fmt: skip
-    assert names(ot.assign) == ["scores", "k", "capacity", "capacity_factor", "mask", "method", "max_work"]
+    assert names(ot.assign) == [
+        "scores", "k", "capacity", "capacity_factor", "mask", "method", "max_work", "group",
+    ]  # fmt: skip
     assert names(ot.soft_topk) == ["scores", "k", "temperature"]
     assert names(ot.balanced_partition) == ["affinity_FE", "method"]
     assert names(monge.MoE.__init__)[1:13] == [

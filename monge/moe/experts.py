@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from monge.moe.activations import ACTIVATIONS
 from monge.moe.compute import PATHS, choose_path
+from monge.moe.exchange import Exchange, local_part
 
 INIT_STD = 0.02  # transformers' initializer_range
 
@@ -41,6 +42,8 @@ class Experts(nn.Module):
     """
 
     down_proj: nn.Parameter
+    exchange: Exchange | None = None
+    """How tokens reach experts on other ranks; set by `monge.moe.parallel.shard_experts`."""
 
     def __init__(
         self,
@@ -96,6 +99,9 @@ class Experts(nn.Module):
         proj_in: Tensor = getattr(self, self.input_name)
         proj_out: Tensor = self.down_proj
         bias: Tensor | None = getattr(self, self.bias_name) if self.bias_name else None
+        if self.exchange is not None:  # DTensors, of which this rank holds its experts
+            proj_in, proj_out = local_part(proj_in), local_part(proj_out)
+            bias = None if bias is None else local_part(bias)
         device = hidden_TH.device
         if torch.is_autocast_enabled(device.type) and hidden_TH.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
@@ -105,6 +111,10 @@ class Experts(nn.Module):
             raise TypeError(
                 f"hidden states are {hidden_TH.dtype} and the experts {proj_in.dtype}: convert one of them "
                 "(`.to(dtype)`), or run under torch.autocast"
+            )
+        if self.exchange is not None:
+            return self.exchange.experts(
+                hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias, self.compute
             )
         name = self.compute
         if name == "auto":

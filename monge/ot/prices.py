@@ -9,17 +9,20 @@ causal.
 Which one to choose: ``margin_prices`` is the most exact step, and the one the exact solver starts with;
 ``quantile_prices`` is the published quantile balancing; ``sign_prices`` needs the loads alone, and moves
 slowly. All are pure functions of tensors with fixed shapes: any device, no host synchronisation,
-``torch.compile``. A margin or quantile step costs a ``topk`` over columns and a ``kthvalue`` over rows.
+``torch.compile`` (without ``group``). A margin or quantile step costs a ``topk`` over columns and a
+``kthvalue`` over rows.
 
 Shapes: T rows, E columns, k choices per row; ``...`` leading batch dimensions, one problem each.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from monge.ot.distributed import RowGroup
+from monge.ot.targets import Target, margin_step
 
 
 @torch.no_grad()
@@ -32,6 +35,7 @@ def margin_prices(
     mask: Tensor | None = None,
     steps: int = 1,
     damping: float = 0.9,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Prices (..., E) after margin steps: each moves every b_e to where column e alone would be balanced.
 
@@ -54,6 +58,9 @@ def margin_prices(
         mask: (..., T) bool, True marks valid rows; T counts those alone.
         steps: how often to repeat on the same scores.
         damping: share of the step that is taken; all columns move at once, hence below 1.
+        group: a process group over whose ranks the rows are spread, any number to each; T counts them all,
+            and every rank returns the prices of one process with all rows. All ranks must call together. A
+            step is 8 messages of 15 E counts (16 for float64) and two of E numbers.
 
     Raises:
         ValueError: k outside 1..E, a negative capacity, or shapes that do not fit. Values are not looked at.
@@ -70,13 +77,12 @@ def margin_prices(
         ([52, 4, 5, 3], [16, 16, 16, 16])
     """
     scores, b = _checked(scores_TE, k, capacity, prices, mask)
-    T, E = scores.shape[-2:]
-    target = Target.of(scores, k, capacity, mask)
-    if k == E or target.rank >= T:  # every row takes every column, or no column can be overloaded
+    target = Target.of(scores, k, capacity, mask, RowGroup(group))
+    if target.nothing_to_do(scores, k):
         return b if capacity is None else torch.zeros_like(b)
     for _ in range(steps):
         b, _ = margin_step(scores, b, k, target, damping)
-    return b
+    return target.without_need(b)
 
 
 @torch.no_grad()
@@ -88,6 +94,7 @@ def quantile_prices(
     prices: Tensor | None = None,
     mask: Tensor | None = None,
     steps: int = 1,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Prices (..., E) after ``steps`` steps of quantile balancing.
 
@@ -107,9 +114,8 @@ def quantile_prices(
         [17, 15, 16, 16]
     """
     scores, b = _checked(scores_TE, k, capacity, prices, mask)
-    T, E = scores.shape[-2:]
-    target = Target.of(scores, k, capacity, mask)
-    if k == E or target.rank >= T:  # every row takes every column, or no column can be overloaded
+    target = Target.of(scores, k, capacity, mask, RowGroup(group))
+    if target.nothing_to_do(scores, k):
         return b if capacity is None else torch.zeros_like(b)
     for _ in range(steps):
         a_T1 = (scores - b.unsqueeze(-2)).topk(k + 1, dim=-1, sorted=True).values[..., k:]
@@ -117,7 +123,7 @@ def quantile_prices(
         if capacity is not None:
             level = level.clamp(min=0.0)
         b = torch.where(level.isfinite(), level, b)
-    return b
+    return target.without_need(b)
 
 
 @torch.no_grad()
@@ -142,99 +148,12 @@ def sign_prices(prices: Tensor, loads: Tensor, rate: float = 1e-3) -> Tensor:
     """
     if prices.shape != loads.shape:
         raise ValueError(f"prices {tuple(prices.shape)} and loads {tuple(loads.shape)} must have one shape")
-    loads = loads.to(prices.dtype)
-    return prices + rate * torch.sign(loads - loads.mean(-1, keepdim=True))
-
-
-class Target(NamedTuple):
-    """How many rows each column should be chosen by, in the form the order statistics below need.
-
-    Attributes:
-        rank: the largest n of all instances; a Python int, so that shapes and launches are fixed.
-        clip: whether prices may not fall below 0, because columns may stay short; a (..., 1) bool tensor
-            where instances differ.
-        valid_T1: (..., T, 1) bool, or None when every row is valid.
-        lift_T1: (..., T, 1) bool: in an instance with n < rank, rank - n of its invalid rows are put at +inf,
-            so that its n-th largest is the rank-th of the column. None when n = rank in all.
-    """
-
-    rank: int
-    clip: bool | Tensor
-    valid_T1: Tensor | None = None
-    lift_T1: Tensor | None = None
-
-    @classmethod
-    def of(cls, scores_TE: Tensor, k: int, capacity: int | None, mask: Tensor | None) -> Target:
-        """Equal loads when ``capacity`` is None, otherwise at most ``capacity`` rows per column."""
-        T, E = scores_TE.shape[-2:]
-        if capacity is None:
-            share = T * k // E
-            return (
-                cls(share, False) if mask is None else cls.masked(mask, share, k * _count(mask) // E, False)
-            )
-        if mask is None:
-            return cls(capacity, E * capacity > T * k)
-        return cls.masked(mask, capacity, None, E * capacity > k * _count(mask))
-
-    @classmethod
-    def masked(cls, mask_T: Tensor, rank: int, rank_1: Tensor | None, clip: bool | Tensor) -> Target:
-        """A target over the rows of a mask, with ranks (..., 1) of at most ``rank``."""
-        if rank_1 is None:
-            return cls(rank, clip, mask_T.unsqueeze(-1))
-        invalid = ~mask_T
-        lift = invalid & (invalid.cumsum(-1) <= rank - rank_1)
-        return cls(rank, clip, mask_T.unsqueeze(-1), lift.unsqueeze(-1))
-
-    def threshold(self, values_TE: Tensor, *, midway: bool = False) -> Tensor:
-        """(..., E), the (n+1)-th largest of every column, or the middle between it and the n-th."""
-        if self.valid_T1 is not None:
-            values_TE = torch.where(self.valid_T1, values_TE, -torch.inf)
-        if self.lift_T1 is not None:
-            values_TE = torch.where(self.lift_T1, torch.inf, values_TE)
-        values_ET = values_TE.mT.contiguous()
-        low = values_ET.kthvalue(values_ET.shape[-1] - self.rank, dim=-1).values
-        if not midway:
-            return low
-        # The n-th is the smallest value above the (n+1)-th, unless the two are equal.
-        above_ET = values_ET > low.unsqueeze(-1)
-        high = torch.where(above_ET, values_ET, torch.inf).amin(-1)
-        high = torch.where(above_ET.sum(-1) == self.rank, high, low)
-        middle = torch.where(high.isfinite(), 0.5 * (low + high), low)
-        return torch.where(low.isfinite(), middle, high)
-
-
-def margin_step(
-    scores_TE: Tensor, prices_E: Tensor, k: int, target: Target, damping: float = 0.9
-) -> tuple[Tensor, Tensor]:
-    """The prices after one margin step, and what the rows contributed to the dual value of those before it.
-
-    That is the sum over rows of the k largest of ``scores - prices``, (...) float64.
-    """
-    adjusted_TE = scores_TE - prices_E.unsqueeze(-2)
-    top = adjusted_TE.topk(k + 1, dim=-1, sorted=True).values
-    # v1 is kept finite so that a forbidden pair never counts as chosen where a row has too few finite scores.
-    v1, v2 = top[..., k - 1 : k].clamp(min=torch.finfo(top.dtype).min), top[..., k:]
-    margins_TE = adjusted_TE - torch.where(adjusted_TE >= v1, v2, v1)
-    step = target.threshold(margins_TE, midway=True)
-    sums_T1 = top[..., :k].sum(-1, keepdim=True, dtype=torch.float64)
-    if target.valid_T1 is not None:
-        sums_T1 = torch.where(target.valid_T1, sums_T1, 0.0)
-    # An infinite step: rows with no other choice overfill the column (+inf), or fewer than n can join it
-    # (-inf).
-    moved = prices_E + damping * torch.where(step.isfinite(), step, 0.0)
-    centred = moved + (prices_E.mean(-1, keepdim=True) - moved.mean(-1, keepdim=True))
-    if target.clip is False:
-        return centred, sums_T1.sum((-2, -1))
-    moved = torch.where(step == -torch.inf, 0.0, moved)
-    # Where columns may stay short, a common positive part of all prices buys nothing.
-    clipped = (moved - moved.amin(-1, keepdim=True).clamp(min=0.0)).clamp(min=0.0)
-    if target.clip is not True:
-        clipped = torch.where(target.clip, clipped, centred)
-    return clipped, sums_T1.sum((-2, -1))
-
-
-def _count(mask_T: Tensor) -> Tensor:
-    return mask_T.sum(-1, keepdim=True)
+    loads = loads if loads.is_floating_point() else loads.to(prices.dtype)
+    mean = loads.mean(-1, keepdim=True)
+    # A load that differs by the rounding of the mean is the mean: its price stays.
+    rounding = 16 * torch.finfo(loads.dtype).eps * mean
+    excess = torch.where((loads - mean).abs() <= rounding, 0.0, loads - mean)
+    return prices + rate * torch.sign(excess).to(prices.dtype)
 
 
 def _checked(

@@ -24,7 +24,7 @@ from monge.routing.router import Choice, Router
 from monge.routing.sbase import SBase
 from monge.routing.sigmoid import Sigmoid
 from monge.routing.ssr import SSR
-from monge.routing.stepping import aux_loss, step, training_routes
+from monge.routing.stepping import aux_loss, step, training_routes, use_group
 from monge.routing.switch import Switch
 from monge.routing.topk import TopK
 from monge.routing.types import Routing
@@ -56,6 +56,7 @@ __all__ = [
     "router_options",
     "step",
     "training_routes",
+    "use_group",
     "z_loss",
 ]
 

@@ -23,7 +23,8 @@ class Base(Router):
     takes the top-k of Z: causal.
 
     Args:
-        method: "exact", or "approximate", which does not leave an accelerator (see ``MaxScore``).
+        method: "exact", or "approximate", which does not leave an accelerator and can balance over the ranks
+            of `monge.routing.use_group` (see ``MaxScore``).
 
     Source: arXiv 2103.16716. Other arguments: ``Router``.
 
@@ -44,9 +45,11 @@ class Base(Router):
         self.method = method
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
-        if self.training_route and len(logits_TE):
+        if self.training_route and (len(logits_TE) or not self.ranks.is_local):
             mask_1T = None if batch.mask_T is None else batch.mask_T[None]
-            indices_1TK, _ = balanced_choice(logits_TE[None], self.top_k, mask=mask_1T, method=self.method)
+            indices_1TK, _ = balanced_choice(
+                logits_TE[None], self.top_k, mask=mask_1T, method=self.method, ranks=self.ranks
+            )
             indices_TK = indices_1TK[0]
         else:
             indices_TK = top_k_of(logits_TE, self.top_k)

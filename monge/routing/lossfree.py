@@ -12,9 +12,10 @@ from torch import Tensor
 
 from monge.ot import sign_prices
 from monge.routing.checks import check_choice, check_not_negative
-from monge.routing.losses import slot_shares
+from monge.routing.losses import slot_loads
 from monge.routing.priced import PricedRouter
 from monge.routing.router import Batch
+from monge.routing.stepped import wide
 
 
 class LossFree(PricedRouter):
@@ -57,7 +58,8 @@ class LossFree(PricedRouter):
         self.rate, self.scores = rate, scores
 
     def statistic(self, scores_TE: Tensor, indices_TK: Tensor, batch: Batch) -> Tensor:
-        return slot_shares(indices_TK, self.num_experts, mask=batch.mask_T)
+        loads_E = slot_loads(indices_TK, self.num_experts, mask=batch.mask_T)
+        return loads_E.to(wide(loads_E.device)) / batch.num_valid().clamp(min=1)
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:
         self.prices.copy_(torch.where(seen, sign_prices(self.prices, mean_E, self.rate), self.prices))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from monge.ot import soft_topk
+from monge.ot.distributed import LOCAL
 from monge.routing.assigning import balanced_choice
 from monge.routing.checks import (
     check_at_least_one,
@@ -20,7 +21,7 @@ from monge.routing.checks import (
     check_share,
 )
 from monge.routing.gates import gates_of, normalised, scores_of, top_k_of
-from monge.routing.losses import load_balance_loss, slot_shares
+from monge.routing.losses import load_balance_loss, shared_balance
 from monge.routing.router import Batch, Choice
 from monge.routing.stepped import SteppedRouter
 
@@ -41,6 +42,11 @@ class MaxScore(SteppedRouter):
     On an accelerator ``method="exact"`` copies the scores to the host and waits for them in every training
     forward; "approximate" stays on the device, still never exceeds the capacity, and comes within about 0.1%
     of the optimum.
+
+    Over several ranks "exact" is per rank: each solves the assignment of its own tokens, balanced on every
+    rank and so in total, and `monge.step` averages the kept prices. "approximate" with
+    `monge.routing.use_group` assigns the tokens of all ranks together (unless ``per="sequence"``): an expert
+    may take more of one rank's tokens where it takes fewer of another's.
 
     Args:
         scores: S, "softmax" P (the paper) or "logits" Z.
@@ -112,7 +118,7 @@ class MaxScore(SteppedRouter):
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         scores_TE = scores_of(logits_TE, self.scores)
         prices_E: Tensor | None
-        if self.training_route and len(scores_TE):
+        if self.training_route and (len(scores_TE) or not self.ranks.is_local):
             indices_TK, prices_E, priced_TE = self._by_flow(scores_TE, batch)
         else:
             prices_E = self.prices.clone() if self.eval_prices else None
@@ -121,8 +127,11 @@ class MaxScore(SteppedRouter):
         gates_TK = self._gates(logits_TE, priced_TE, indices_TK)
         loss = None
         if self.coefficient and self.training:
-            shares_E = slot_shares(indices_TK[:, :1], self.num_experts, mask=batch.mask_T)
-            loss = self.coefficient * load_balance_loss(logits_TE.softmax(dim=1), shares_E, mask=batch.mask_T)
+            shares_E, count = shared_balance(
+                indices_TK[:, :1], self.num_experts, mask=batch.mask_T, rows=self.ranks
+            )
+            probs_TE = logits_TE.softmax(dim=1)
+            loss = self.coefficient * load_balance_loss(probs_TE, shares_E, mask=batch.mask_T, count=count)
         return Choice(indices_TK, gates_TK, loss, prices_E)
 
     def _by_flow(self, scores_TE: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +140,12 @@ class MaxScore(SteppedRouter):
         mask_BL = None if batch.mask_T is None else batch.mask_T.reshape(B, L)
         scores_BLE = scores_TE.reshape(B, L, self.num_experts)
         indices_BLK, prices_BE = balanced_choice(
-            scores_BLE, self.top_k, mask=mask_BL, capacity_factor=self.capacity_factor, method=self.method
+            scores_BLE,
+            self.top_k,
+            mask=mask_BL,
+            capacity_factor=self.capacity_factor,
+            method=self.method,
+            ranks=self.ranks if self.per == "batch" else LOCAL,
         )
         if mask_BL is None:
             prices_E = prices_BE.mean(0)
@@ -153,4 +167,4 @@ class MaxScore(SteppedRouter):
         return normalised(relaxed_TE.gather(1, indices_TK))
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:
-        self.prices.copy_(torch.where(seen, self.prices.lerp(mean_E, 1 - self.momentum), self.prices))
+        self.blend_prices(mean_E, seen, self.momentum)

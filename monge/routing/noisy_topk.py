@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from monge.routing.checks import check_not_negative
 from monge.routing.gates import gates_of, top_k_of
-from monge.routing.losses import squared_cv
+from monge.routing.losses import shared_sum, squared_cv
 from monge.routing.router import Batch, Choice, Router
 
 
@@ -84,12 +84,13 @@ class NoisyTopK(Router):
     ) -> Tensor:
         valid_T1 = torch.ones_like(logits_TE[:, :1]) if batch.mask_T is None else batch.mask_T[:, None]
         importance_E = torch.zeros_like(logits_TE).scatter(1, indices_TK, gates_TK * valid_T1).sum(0)
-        loss = squared_cv(importance_E)
+        sums_E = importance_E
         if self.top_k < self.num_experts:  # otherwise every expert has every token
             top_TK = noisy_TE.topk(self.top_k + 1, dim=1).values
             kth_T1, next_T1 = top_TK[:, -2:-1], top_TK[:, -1:]
             # The score to beat, the k-th largest of the others: for a chosen expert the (k+1)-th of all.
             to_beat_TE = torch.where(noisy_TE >= kth_T1, next_T1, kth_T1)
             stays_TE = torch.special.ndtr((logits_TE - to_beat_TE) / scale_TE)
-            loss = loss + squared_cv((stays_TE * valid_T1).sum(0))
-        return self.coefficient * loss
+            sums_E = torch.cat([importance_E, (stays_TE * valid_T1).sum(0)])
+        parts = shared_sum(sums_E, self.ranks).split(self.num_experts)
+        return self.coefficient * torch.stack([squared_cv(part_E) for part_E in parts]).sum()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from monge.routing.gates import gates_of, scores_of, top_k_of
-from monge.routing.router import Batch, Choice
+from monge.routing.router import Batch, Choice, recomputing
 from monge.routing.stepped import SteppedRouter
 
 
@@ -47,7 +47,7 @@ class PricedRouter(SteppedRouter):
         self.register_state("steps", torch.zeros((), device=self.weight.device))
 
     def statistic(self, scores_TE: Tensor, indices_TK: Tensor, batch: Batch) -> Tensor:
-        """(E,) of this batch; ``update`` gets its mean over micro-batches and ranks."""
+        """(E,) of this batch; ``update`` gets its mean over tokens of all micro-batches and ranks."""
         raise NotImplementedError
 
     def gates(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
@@ -59,6 +59,6 @@ class PricedRouter(SteppedRouter):
         prices_E = self.prices.clone()
         scores_TE = scores_of(logits_TE.detach(), self.scores)
         indices_TK = top_k_of(scores_TE - prices_E, self.top_k)
-        if self.collecting:
+        if self.collecting and not recomputing():
             self.collect(self.statistic(scores_TE, indices_TK, batch), batch)
         return Choice(indices_TK, self.gates(logits_TE, indices_TK), prices_E=prices_E)

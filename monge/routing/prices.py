@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from monge.ot import margin_prices
@@ -26,7 +25,8 @@ class Prices(PricedRouter):
     for every token. With the b of the last step the choice is nearly balanced, needs no solver, and depends
     on its own token alone: causal in training and evaluation, by the same code. After each optimizer step
     `monge.step` moves ``b <- momentum * b + (1 - momentum) * b'``, b' one margin step of
-    `monge.ot.margin_prices` from b, averaged over micro-batches and ranks. No auxiliary loss. The frozen b
+    `monge.ot.margin_prices` from b, averaged over micro-batches and ranks (or one step from the rows of all
+    ranks, with `monge.routing.use_group`). No auxiliary loss. The frozen b
     is part of the checkpoint: without it, inference is unbalanced and loses quality.
 
     Relation to others. Quantile balancing (https://kexue.fm/archives/11619, router ``quantile``) carries
@@ -78,7 +78,9 @@ class Prices(PricedRouter):
         return gates_of(gate_logits_TE, indices_TK, renormalise=self.renormalise)
 
     def statistic(self, scores_TE: Tensor, indices_TK: Tensor, batch: Batch) -> Tensor:
-        return margin_prices(scores_TE, self.top_k, prices=self.prices, mask=batch.mask_T)
+        return margin_prices(
+            scores_TE, self.top_k, prices=self.prices, mask=batch.mask_T, group=self.ranks.group
+        )
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:
-        self.prices.copy_(torch.where(seen, self.prices.lerp(mean_E, 1 - self.momentum), self.prices))
+        self.blend_prices(mean_E, seen, self.momentum)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from monge.ot import quantile_prices
@@ -55,7 +54,9 @@ class Quantile(PricedRouter):
         self.momentum, self.scores = momentum, scores
 
     def statistic(self, scores_TE: Tensor, indices_TK: Tensor, batch: Batch) -> Tensor:
-        return quantile_prices(scores_TE, self.top_k, prices=self.prices, mask=batch.mask_T)
+        return quantile_prices(
+            scores_TE, self.top_k, prices=self.prices, mask=batch.mask_T, group=self.ranks.group
+        )
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:
-        self.prices.copy_(torch.where(seen, self.prices.lerp(mean_E, 1 - self.momentum), self.prices))
+        self.blend_prices(mean_E, seen, self.momentum)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monge.ot.distributed import LOCAL, RowGroup
 from monge.routing.checks import check_at_least_one, check_not_negative
 from monge.routing.losses import z_loss as z_loss_of
 from monge.routing.types import Routing
@@ -93,6 +94,9 @@ class Router(nn.Module):
     last_aux_loss: Tensor | None
     """Of the last forward, coefficient included."""
 
+    ranks: RowGroup = LOCAL
+    """The ranks that are routed as one batch, set by ``monge.routing.use_group``."""
+
     def __init__(
         self,
         dim: int,
@@ -140,6 +144,10 @@ class Router(nn.Module):
         """Whether tokens take the routes that the method takes in training."""
         return self.training or self.route_as_in_training
 
+    def share(self, ranks: RowGroup) -> None:
+        """Route as one batch with ``ranks``; a method that cannot raises ValueError."""
+        self.ranks = ranks
+
     # ------------------------------------------------------------------ forward
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None) -> Routing:
@@ -156,7 +164,7 @@ class Router(nn.Module):
             choice = self.choose(logits_TE, batch)
             indices_TK, weights_TK, aux_loss, prices_E = choice
             if self.z_loss and self.training:
-                penalty = self.z_loss * z_loss_of(logits_TE, mask=batch.mask_T)
+                penalty = self.z_loss * z_loss_of(logits_TE, mask=batch.mask_T, group=self.ranks.group)
                 aux_loss = penalty if aux_loss is None else aux_loss + penalty
             if batch.mask_T is not None:
                 indices_TK = torch.where(batch.mask_T[:, None], indices_TK, -1)

@@ -69,6 +69,7 @@ class SBase(Router):
                 tol=self.tol,
                 max_iters=self.iterations,
                 backward="none",
+                group=self.ranks.group,
             )
             # The order of a row of the plan, without its underflow.
             priced_TE = priced_TE + self.epsilon * plan.log_v.to(priced_TE.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from monge.ot import sinkhorn
+from monge.ot.distributed import RowGroup
 from monge.routing.checks import check_at_least_one, check_choice, check_not_negative, check_positive
 from monge.routing.gates import gates_of, normalised, scores_of, top_k_of
 from monge.routing.router import Batch, Choice
@@ -131,6 +132,7 @@ class SSR(SteppedRouter):
             tol=self.tol,
             max_iters=self.iterations,
             backward=self.backward if self.gate_scores == "plan" else "none",
+            group=self.ranks.group,
         )
         log_v_E = plan.log_v.to(scores_TE.dtype)
         prices_E = -self.epsilon * (log_v_E - log_v_E.mean())
@@ -143,6 +145,14 @@ class SSR(SteppedRouter):
             gates_TK = normalised(gates_TK, self.renormalise)
         self.collect(prices_E, batch)
         return Choice(indices_TK, gates_TK, prices_E=prices_E)
+
+    def share(self, ranks: RowGroup) -> None:
+        if not ranks.is_local and self.backward == "unrolled":
+            raise ValueError(
+                "an SSR router with backward='unrolled' cannot share a plan with other ranks: "
+                "make it with backward='implicit'"
+            )
+        super().share(ranks)
 
     # ------------------------------------------------------------------ stepping
 

@@ -35,6 +35,11 @@ def _(total: Tensor, value: Tensor) -> None:
     return None
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """float64, in which the mean of equal values is that value; float32 where a device has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class SteppedRouter(Router):
     """A router that `monge.step` advances once per optimizer step.
 
@@ -48,7 +53,7 @@ class SteppedRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, top_k: int, **common: Any) -> None:
         super().__init__(dim, num_experts, top_k, **common)
-        self._collected = torch.zeros(num_experts + 1, device=self.weight.device)
+        self._collected = self._nothing(self.weight.device)
         self._weight_version: int | None = None  # at the first training forward since the last step
         self._warned = False
 
@@ -58,9 +63,14 @@ class SteppedRouter(Router):
         """Take one step from the token-weighted mean of what was collected, wherever ``seen``.
 
         Args:
-            mean_E: (E,) mean over all tokens of all micro-batches and ranks.
+            mean_E: (E,) mean over all tokens of all micro-batches and ranks, in `wide` precision.
             seen: scalar bool tensor, whether there was any token; state must keep its value otherwise.
         """
+
+    def blend_prices(self, mean_E: Tensor, seen: Tensor, momentum: float) -> None:
+        """``prices <- momentum * prices + (1 - momentum) * mean_E``, as several methods update."""
+        prices: Tensor = self.get_buffer("prices")
+        prices.copy_(torch.where(seen, prices.lerp(mean_E.to(prices.dtype), 1 - momentum), prices))
 
     # ------------------------------------------------------------------ collecting
 
@@ -73,10 +83,10 @@ class SteppedRouter(Router):
         """Count finite ``values_E`` (E,), which speak for the valid tokens of a batch, in the next update."""
         if not self.collecting:
             return
-        tokens = batch.num_valid()
-        sums_E = values_E.detach().to(torch.float32) * tokens
+        tokens = batch.num_valid().to(wide(values_E.device))
+        sums_E = values_E.detach().to(tokens.dtype) * tokens
         if self._collected.device != sums_E.device:  # the weight was moved by hand, say off the meta device
-            self._collected = torch.zeros_like(self._collected, device=sums_E.device)
+            self._collected = self._nothing(sums_E.device)
         accumulate(self._collected, torch.cat([sums_E, tokens[None]]))
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None) -> Routing:
@@ -103,7 +113,8 @@ class SteppedRouter(Router):
 
     @property
     def collected(self) -> Tensor:
-        """(E + 1,) float32: sum over tokens of what was collected since the last step, then their number."""
+        """(E + 1,) in `wide` precision: sum over tokens of what was collected since the last step, then their
+        number."""
         return self._collected
 
     @torch.no_grad()
@@ -115,6 +126,9 @@ class SteppedRouter(Router):
             self.steps += 1
         self._clear()
 
+    def _nothing(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.num_experts + 1, device=device, dtype=wide(device))
+
     def _clear(self) -> None:
         self._collected.zero_()
         self._weight_version = None
@@ -122,8 +136,8 @@ class SteppedRouter(Router):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self._collected.is_meta:
-            self._collected = torch.zeros(self._collected.shape, device=self.weight.device)
-        self._collected = self._collected.to(self.weight.device)
+            self._collected = self._nothing(self.weight.device)
+        self._collected = self._collected.to(self.weight.device, wide(self.weight.device))
         self._weight_version = None
         return self
 

@@ -1,4 +1,4 @@
-"""What is asked of a whole model: `step` after every optimizer step, `aux_loss` before every backward pass.
+"""What is asked of a whole model: `use_group` once, `aux_loss` and `step` in every optimizer step.
 
 Shapes: E experts.
 """
@@ -13,22 +13,65 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from monge.ot.distributed import RowGroup
 from monge.routing.router import Router
 from monge.routing.stepped import SteppedRouter
+
+
+def use_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Balance over the batch of all ranks of ``group``, as one process with all their tokens would.
+
+    Without it every rank routes and balances its own tokens, and `step` averages what the ranks found. With
+    it the statistics of a forward are those of all ranks:
+
+    - ``ssr``, ``sbase``: one transport plan over all ranks' tokens (messages of E numbers per Sinkhorn
+      iteration; the implicit backward sends one E x E matrix);
+    - ``prices``, ``quantile``: the step of the prices is taken from all ranks' tokens (order statistics by
+      counting: 10 to 20 messages of at most 15 E numbers);
+    - ``switch``, ``maxscore``'s loss, ``noisy_topk``, ``z_loss``: auxiliary losses of all ranks' tokens (one
+      message of E or 2 E numbers). Each rank's loss is its part; the mean over the ranks, which data
+      parallelism takes of the gradients, is the loss of the whole batch;
+    - ``maxscore``, ``base`` with ``method="approximate"``: one assignment under capacities of all ranks
+      together. With ``method="exact"`` each rank solves its own tokens, and shares the kept prices;
+    - ``lossfree`` and ``switch`` with scope "global" need nothing: `step` exchanges exact counts anyway.
+      ``expert_choice`` stays a choice among each rank's own tokens, and ``per="sequence"`` one per sequence.
+
+    Every rank must then call every training forward, backward and `step` together, in the same order, a rank
+    without tokens too. Evaluation mode exchanges nothing, except inside ``training_routes``.
+
+    Args:
+        model: any module with routers inside.
+        group: the data-parallel group, ``torch.distributed.group.WORLD`` for all ranks; `step` uses it too.
+            A group of its own (``dist.new_group()``) keeps these messages apart from those of DDP or FSDP.
+            None goes back to this process alone.
+
+    Raises:
+        ValueError: ``model`` has no router, or one that cannot share (SSR with ``backward="unrolled"``).
+
+    Source: arXiv 2501.11873 for the balance loss of the global batch.
+
+    Examples:
+        >>> import monge
+        >>> layer = monge.MoE(8, 16, 4, 2, router="ssr")
+        >>> monge.routing.use_group(layer, None)  # this process alone, as at the start
+    """
+    ranks = RowGroup(group)
+    for router in routers_of(model):
+        router.share(ranks)
 
 
 def step(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
     """Advance every router of ``model``: call it once after every ``optimizer.step()``.
 
-    Sums what the forwards since the last call collected (E + 1 floats a router, one all-reduce for all of
+    Sums what the forwards since the last call collected (E + 1 float64 a router, one all-reduce for all of
     them), updates prices, biases and counters, clears the accumulators and decides each layer's next SSR
     branch. Micro-batches and ranks count by their number of valid tokens; one without any contributes
     nothing. Routers without state are left alone.
 
     Args:
         model: any module with routers inside, wrapped (DDP, FSDP, ``torch.compile``) or not.
-        group: the data-parallel process group; None is the default group where ``torch.distributed`` is
-            initialised. All its ranks must call ``step`` together.
+        group: the data-parallel process group; None is that of `monge.routing.use_group`, else the default
+            group where ``torch.distributed`` is initialised. All its ranks must call ``step`` together.
 
     Raises:
         ValueError: ``model`` has no router.
@@ -48,7 +91,7 @@ def step(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
     device = routers[0].collected.device
     flat = torch.cat([router.collected.to(device) for router in routers])
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(flat, group=group)
+        dist.all_reduce(flat, group=routers[0].ranks.group if group is None else group)
     sizes = [len(router.collected) for router in routers]
     for router, total in zip(routers, flat.split(sizes), strict=True):
         router.advance(total.to(router.collected.device))

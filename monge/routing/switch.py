@@ -12,7 +12,7 @@ from torch import Tensor
 
 from monge.routing.checks import check_choice, check_not_negative
 from monge.routing.gates import gates_of, top_k_of
-from monge.routing.losses import load_balance_loss, sequence_balance_loss, slot_shares
+from monge.routing.losses import load_balance_loss, sequence_balance_loss, shared_balance
 from monge.routing.router import Batch, Choice
 from monge.routing.stepped import SteppedRouter
 
@@ -25,13 +25,14 @@ class Switch(SteppedRouter):
 
     Args:
         coefficient: of the loss; 0.01 is the common value.
-        scope: where f is counted. "batch": this forward (this micro-batch on this rank). "sequence": each
-            sequence on its own, averaged. "global": all micro-batches and ranks of the previous optimizer
-            step, exchanged by `monge.step`; this batch's f before the first.
+        scope: where f is counted. "batch": this forward, on this rank or on all those of
+            `monge.routing.use_group`. "sequence": each sequence on its own, averaged. "global": all
+            micro-batches and ranks of the previous optimizer step, exchanged by `monge.step`; this batch's f
+            before the first.
         renormalise: as in ``TopK``.
 
-    Sources: arXiv 2101.03961, eq. 4 to 6 ("batch"); 2412.19437, eq. 17 ("sequence"); 2501.11873 ("global",
-    there within the step). Other arguments: ``Router``.
+    Sources: arXiv 2101.03961, eq. 4 to 6 ("batch"); 2412.19437, eq. 17 ("sequence"); 2501.11873 ("batch" over
+    a group; "global" is its f of the step before). Other arguments: ``Router``.
 
     Examples:
         >>> import torch
@@ -70,13 +71,15 @@ class Switch(SteppedRouter):
             return Choice(indices_TK, gates_TK)
         probs_TE = logits_TE.softmax(dim=1)
         if self.scope == "sequence":
-            loss = sequence_balance_loss(probs_TE, indices_TK, batch.sequences[1], mask=batch.mask_T)
+            loss = sequence_balance_loss(
+                probs_TE, indices_TK, batch.sequences[1], mask=batch.mask_T, group=self.ranks.group
+            )
         else:
-            shares_E = slot_shares(indices_TK, self.num_experts, mask=batch.mask_T)
+            shares_E, count = shared_balance(indices_TK, self.num_experts, mask=batch.mask_T, rows=self.ranks)
             if self.scope == "global":
                 self.collect(shares_E, batch)
                 shares_E = torch.where(self.shares.sum() > 0, self.shares, shares_E)
-            loss = load_balance_loss(probs_TE, shares_E, mask=batch.mask_T)
+            loss = load_balance_loss(probs_TE, shares_E, mask=batch.mask_T, count=count)
         return Choice(indices_TK, gates_TK, self.coefficient * loss)
 
     def update(self, mean_E: Tensor, seen: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monge.moe import MoE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 WORLD = 2
 
 

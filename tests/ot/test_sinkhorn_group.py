@@ -12,6 +12,8 @@ import torch.multiprocessing as mp
 
 from monge.ot import sinkhorn
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 E = 5
 RANKS = 2
 

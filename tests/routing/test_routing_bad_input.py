@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 import torch
-from routing_cases import CASES, build, hidden_states
+from routing_cases import CASES, D, E, K, build, hidden_states
 
 import monge
-from monge.routing import ROUTERS, make_router, router_options
+from monge.routing import ROUTERS, make_router, router_options, use_group
 
 
 def test_an_unknown_router_lists_all():
@@ -107,3 +107,16 @@ def test_a_half_precision_overflow_is_reported_not_routed():
     hidden = (torch.full((3, 8), 60000.0).half() * 2).requires_grad_()
     with pytest.raises(ValueError, match="use bfloat16 in place of float16"):
         layer(hidden)
+
+
+def test_a_group_needs_routers_that_can_share():
+    class Group:
+        """Stands for a process group; nothing is sent."""
+
+    router = make_router("ssr", dim=D, num_experts=E, top_k=K, backward="unrolled")
+    with pytest.raises(ValueError, match="backward='implicit'"):
+        use_group(router, Group())
+    assert router.ranks.is_local
+    use_group(router, None)
+    with pytest.raises(ValueError, match="no router"):
+        use_group(torch.nn.Linear(2, 2), None)

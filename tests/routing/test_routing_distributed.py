@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import monge
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 RANKS, STEPS = 2, 4
 CASES = ["prices", "quantile", "lossfree", "maxscore", "ssr_carry", "switch_global"]

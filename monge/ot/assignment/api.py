@@ -9,12 +9,15 @@ import math
 from fractions import Fraction
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from monge.ot.assignment.approximate import solve_approximate
 from monge.ot.assignment.certificate import certified
 from monge.ot.assignment.host import bad_values_message, capacity_of, operator, solve_on_cpu
+from monge.ot.assignment.shared import solve_shared
 from monge.ot.assignment.solution import REASON_CODES, STAGES, Assignment
+from monge.ot.distributed import RowGroup
 
 METHODS = ("exact", "approximate", "greedy")
 
@@ -28,6 +31,7 @@ def assign(
     mask: Tensor | None = None,
     method: str = "exact",
     max_work: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Assignment:
     """Give each row k distinct columns, each column at most ``capacity`` rows, for the largest sum of scores.
 
@@ -60,6 +64,11 @@ def assign(
         max_work: bound on the work of the exact repair, in its own deterministic units (``Assignment.work``);
             where it is reached the status is ``"approximate"`` and the gap tells what may be missing. None:
             the solver's own bound.
+        group: a process group over whose ranks the rows are spread, any number to each, for
+            ``method="approximate"`` alone; capacities then hold for all rows together. ``indices`` are those
+            of this rank's rows, all other fields those of the whole problem. Scores must be finite. Messages
+            have at most 15 E numbers; each rank hears E + 1 of every other once, and waits for the device
+            there. All ranks must call together.
 
     Returns:
         ``Assignment``. A problem without an answer (too little capacity, too many forbidden pairs) is
@@ -84,12 +93,14 @@ def assign(
         (2.6, True)
     """
     _check(scores, k, capacity, mask, method, max_work)
+    if group is not None and method != "approximate":
+        raise ValueError(f"method={method!r} does not go through a process group: use method='approximate'")
     factor = _exact_factor(capacity_factor)
     scores = scores.detach()
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.float()
     if method == "approximate":
-        return _approximate(scores, mask, k, capacity, factor)
+        return _approximate(scores, mask, k, capacity, factor, RowGroup(group))
     traced = torch.compiler.is_compiling() or scores.is_meta or type(scores) is not Tensor
     solve = operator if traced else solve_on_cpu
     return Assignment(*solve(scores, mask, k, capacity, *factor, max_work, method))
@@ -104,25 +115,31 @@ def capacities(valid_B: Tensor, E: int, k: int, capacity: int | None, factor: tu
 
 
 def _approximate(
-    scores: Tensor, mask: Tensor | None, k: int, capacity: int | None, factor: tuple[int, int]
+    scores: Tensor,
+    mask: Tensor | None,
+    k: int,
+    capacity: int | None,
+    factor: tuple[int, int],
+    rows: RowGroup,
 ) -> Assignment:
     if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        message = bad_values_message(scores, mask)
-        if message:
-            raise ValueError(message)
+        _check_values(scores, mask, rows)
     masked = mask is not None
     if mask is None:
         mask = torch.ones(scores.shape[:-1], dtype=torch.bool, device=scores.device)
     batch, (T, E) = scores.shape[:-2], scores.shape[-2:]
     B = math.prod(batch)
     scores_BTE, mask_BT = scores.reshape(B, T, E), mask.reshape(B, T)
-    valid_B = mask_BT.sum(-1)
+    valid_B = rows.sum(mask_BT.sum(-1))
     capacity_B = capacities(valid_B, E, k, capacity, factor)
-    most = capacity_of(T, E, k, capacity, factor)
-    slack = masked or E * most > T * k
-    slots_BTk, prices_BE, complete_B = solve_approximate(scores_BTE, mask_BT, k, capacity_B, most, slack)
+    if rows.is_local:
+        most = capacity_of(T, E, k, capacity, factor)
+        slack = masked or E * most > T * k
+        slots_BTk, prices_BE, complete_B = solve_approximate(scores_BTE, mask_BT, k, capacity_B, most, slack)
+    else:
+        slots_BTk, prices_BE, complete_B = solve_shared(scores_BTE, mask_BT, k, capacity_B, valid_B, rows)
     indices_BTk, objective_B, bound_B, optimal_B = certified(
-        scores_BTE, mask_BT, slots_BTk, prices_BE, capacity_B
+        scores_BTE, mask_BT, slots_BTk, prices_BE, capacity_B, rows
     )
 
     reason_B = torch.where(optimal_B, REASON_CODES[""], REASON_CODES["steps"])
@@ -141,12 +158,33 @@ def _approximate(
     answer = (
         indices_BTk,
         torch.where(solved_B[:, None], prices_BE, 0.0),
-        bins_BE[:, 1:],
+        rows.sum(bins_BE[:, 1:]),
         torch.where(solved_B, objective_B, -torch.inf),
         torch.where(solved_B, bound_B, -torch.inf),
         torch.stack((status_B, stage_B, reason_B, torch.zeros_like(status_B), capacity_B), -1),
     )
     return Assignment(*(x.reshape(batch + x.shape[1:]) for x in answer))
+
+
+def _check_values(scores: Tensor, mask: Tensor | None, rows: RowGroup) -> None:
+    """Raise ValueError for scores that no rank may have; all ranks raise, so that none waits for another."""
+    message = bad_values_message(scores, mask)
+    if rows.is_local:
+        if message:
+            raise ValueError(message)
+        return
+    forbidden = scores == -torch.inf
+    forbidden = forbidden.any() if mask is None else (forbidden & mask.unsqueeze(-1)).any()
+    bad, pairs = rows.max(torch.tensor([bool(message), bool(forbidden)]).double()).bool().tolist()
+    if bad:
+        raise ValueError(
+            message or "scores of valid rows are NaN or +inf on another rank; clean or mask them"
+        )
+    if pairs:
+        raise ValueError(
+            "scores of valid rows must be finite with a process group, and some are -inf: give forbidden "
+            "pairs a very low score instead"
+        )
 
 
 def _check(

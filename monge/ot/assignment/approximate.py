@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from monge.ot.assignment.completion import complete_assignment
-from monge.ot.prices import Target, margin_step
+from monge.ot.distributed import LOCAL, RowGroup
+from monge.ot.targets import Target, margin_step
 
 STRIDE = 8
 SAMPLE_FROM = 2048
@@ -51,7 +52,7 @@ def solve_approximate(
     return slots_BTk, prices_BE * scale_B1, complete_B
 
 
-def conditioned(scores_BTE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+def conditioned(scores_BTE: Tensor, mask_BT: Tensor, rows: RowGroup = LOCAL) -> tuple[Tensor, Tensor]:
     """float32 scores to work with, and the scale (B, 1) float64 that prices must be multiplied by.
 
     Rows are centred, which changes no assignment, and divided by the mean deviation, which keeps any finite
@@ -63,17 +64,21 @@ def conditioned(scores_BTE: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
     count_BT1 = finite_BTE.sum(-1, keepdim=True).clamp(min=1)
     clean_BTE = torch.where(finite_BTE, scores_BTE, 0.0).to(torch.float64)
     centred_BTE = torch.where(finite_BTE, clean_BTE - (clean_BTE / count_BT1).sum(-1, keepdim=True), 0.0)
-    scale_B11 = (centred_BTE.abs() / count_BT1.sum((-2, -1), keepdim=True)).sum((-2, -1), keepdim=True)
+    total_B11 = rows.sum(count_BT1.sum((-2, -1), keepdim=True)).clamp(min=1)
+    scale_B11 = rows.sum((centred_BTE.abs() / total_B11).sum((-2, -1), keepdim=True))
     scale_B11 = torch.where(scale_B11 > 0, scale_B11, 1.0)
     work_BTE = torch.where(
-        finite_BTE, centred_BTE / scale_B11 + 2.0**-20 * tie_break(T, E, scores_BTE.device), -torch.inf
+        finite_BTE,
+        centred_BTE / scale_B11 + 2.0**-20 * tie_break(T, E, scores_BTE.device, rows.rank),
+        -torch.inf,
     )
     return work_BTE.to(torch.float32), scale_B11.squeeze(-1)
 
 
-def tie_break(T: int, E: int, device: torch.device) -> Tensor:
-    """(T, E) float64 in [0, 1): a multiplicative hash of the position, the same on every device."""
-    x = torch.arange(1, T * E + 1, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+def tie_break(T: int, E: int, device: torch.device, rank: int = 0) -> Tensor:
+    """(T, E) float64 in [0, 1): a multiplicative hash of rank and position, the same on every device."""
+    first = 1 + (rank << 24)
+    x = torch.arange(first, first + T * E, device=device) * 0x9E3779B1 & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0x85EBCA6B & 0xFFFFFFFF
     return ((x ^ x >> 13) * 2.0**-32).view(T, E)
 
@@ -134,6 +139,7 @@ def levelled(
     low_B1: Tensor,
     high_B1: Tensor,
     halvings: int,
+    rows: RowGroup = LOCAL,
 ) -> Tensor:
     """``max(0, b - D)`` with D in [low, high] such that the columns of positive price are full in total."""
     for _ in range(halvings):
@@ -141,7 +147,7 @@ def levelled(
         b_BE = (prices_BE - middle_B1).clamp(min=0.0)
         adjusted_BTE = scores_BTE - b_BE.unsqueeze(-2)
         kth_BT1 = adjusted_BTE.topk(k, dim=-1).values[..., -1:]
-        loads_BE = ((adjusted_BTE >= kth_BT1) & mask_BT.unsqueeze(-1)).sum(-2)
+        loads_BE = rows.sum(((adjusted_BTE >= kth_BT1) & mask_BT.unsqueeze(-1)).sum(-2))
         surplus_B1 = torch.where(b_BE > 0, loads_BE - capacity_B1, 0).sum(-1, keepdim=True)
         low_B1 = torch.where(surplus_B1 < 0, middle_B1, low_B1)
         high_B1 = torch.where(surplus_B1 < 0, high_B1, middle_B1)
@@ -149,7 +155,10 @@ def levelled(
 
 
 def propose(scores_BTE: Tensor, mask_BT: Tensor, prices_BE: Tensor, k: int, capacity_B: Tensor) -> Tensor:
-    """(B, T, k) slots in no order, -1 where a row found no column with room; no column above its capacity."""
+    """(B, T, k) slots in no order, -1 where a row found no column with room; no column above its capacity.
+
+    Capacities are (B,), or (B, E) where columns differ.
+    """
     B, T, E = scores_BTE.shape
     adjusted_BTE = scores_BTE - prices_BE.unsqueeze(-2)
     top = adjusted_BTE.topk(k + 1, dim=-1)
@@ -157,7 +166,7 @@ def propose(scores_BTE: Tensor, mask_BT: Tensor, prices_BE: Tensor, k: int, capa
     chosen_BTk = torch.where(
         mask_BT.unsqueeze(-1) & (top.values[..., :k] > -torch.inf), top.indices[..., :k], E
     )
-    room_BE = capacity_B.unsqueeze(-1).expand(B, E)
+    room_BE = (capacity_B if capacity_B.ndim == 2 else capacity_B.unsqueeze(-1)).expand(B, E)
     kept_BN, room_BE = accept(chosen_BTk.flatten(1), margins_BTk.flatten(1), room_BE)
     slots_BTk = torch.where(kept_BN.view(B, T, k), chosen_BTk, -1)
     # A column that a row has, or lost in the competition for it, is no longer open to that row.

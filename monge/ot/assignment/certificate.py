@@ -12,9 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from monge.ot.distributed import LOCAL, RowGroup
+
 
 def certified(
-    scores_BTE: Tensor, mask_BT: Tensor, slots_BTk: Tensor, prices_BE: Tensor, capacity_B: Tensor
+    scores_BTE: Tensor,
+    mask_BT: Tensor,
+    slots_BTk: Tensor,
+    prices_BE: Tensor,
+    capacity_B: Tensor,
+    rows: RowGroup = LOCAL,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Slots by falling score (-1 in masked rows), objective (B,), upper bound (B,), and (B,) whether optimal.
 
@@ -26,10 +33,12 @@ def certified(
     chosen_BTk = scores_BTE.gather(-1, slots_BTk.clamp(min=0))
     chosen_BTk, order_BTk = chosen_BTk.sort(dim=-1, descending=True, stable=True)
     indices_BTk = slots_BTk.gather(-1, order_BTk).masked_fill(~mask_BT.unsqueeze(-1), -1)
-    objective_B = chosen_BTk.sum((-2, -1))
     best_BT = (scores_BTE - prices_BE.unsqueeze(-2)).topk(k, dim=-1).values.sum(-1)
-    bound_B = torch.where(mask_BT, best_BT, 0.0).sum(-1) + capacity_B * prices_BE.sum(-1)
-    size_B = chosen_BTk.abs().sum((-2, -1)) + capacity_B * prices_BE.abs().sum(-1)
+    best_B = torch.where(mask_BT, best_BT, 0.0).sum(-1)
+    local_B3 = torch.stack([chosen_BTk.sum((-2, -1)), best_B, chosen_BTk.abs().sum((-2, -1))], -1)
+    objective_B, best_B, size_B = rows.sum(local_B3).unbind(-1)
+    bound_B = best_B + capacity_B * prices_BE.sum(-1)
+    size_B = size_B + capacity_B * prices_BE.abs().sum(-1)
     optimal_B = bound_B - objective_B <= 1e-12 * size_B
     # Rounding may put the objective of an optimal assignment above its bound.
     return indices_BTk, objective_B, torch.maximum(bound_B, objective_B), optimal_B

@@ -110,8 +110,8 @@ def complete_assignment(
 ) -> tuple[Tensor, Tensor]:
     """Complete each instance; returns the slots and (B,) bool, whether a complete assignment exists.
 
-    On an accelerator one flag is read (is anything missing?), and only if it is set does the work go to the
-    CPU.
+    Capacities are (B,), or (B, E) where columns differ. On an accelerator one flag is read (is anything
+    missing?), and only if it is set does the work go to the CPU.
     """
     slots_BTk = slots_BTk.clone()
     complete_B = ~((slots_BTk < 0).any(-1) & mask_BT).any(-1)
@@ -122,7 +122,8 @@ def complete_assignment(
         slots = slots_BTk[i][valid].cpu().contiguous()
         scores = scores_BTE[i][valid].cpu().to(torch.float64).contiguous()
         loads = np.bincount(slots[slots >= 0].numpy(), minlength=scores.shape[1])
-        complete_B[i] = complete(scores.numpy(), slots.numpy(), loads.astype(np.int64), int(capacity_B[i]))
+        above = loads.astype(np.int64) - capacity_B[i].cpu().numpy()  # so that every column may rise to 0
+        complete_B[i] = complete(scores.numpy(), slots.numpy(), above, 0)
         slots_BTk[i, valid] = slots.to(slots_BTk.device)
     return slots_BTk, complete_B
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from monge.ot.distributed import RowGroup
 from monge.ot.entropic.adjoint import mass_gradients, plan_gradients
-from monge.ot.entropic.distributed import RowGroup
 from monge.ot.entropic.solver import Solution, solve
 
 
@@ -80,6 +81,7 @@ class _GroupSinkhorn(torch.autograd.Function):
         return tuple(solution)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_plan, *_):
         plan, row_mass, col_mass = ctx.saved_tensors
         grad_scores, x, y = plan_gradients(plan, grad_plan, row_mass, ctx.epsilon, ctx.rows)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monge.ot.distributed import RowGroup
 from monge.ot.entropic import cpu_kernels as kernels
-from monge.ot.entropic.distributed import RowGroup
 from monge.ot.entropic.iteration import largest
 
 _REACH = 1e290  # largest |score| / epsilon: differences of these, and Newton's levels, stay finite

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from monge.ot.distributed import LOCAL, RowGroup
 from monge.ot.entropic.cpu_forms import CompiledForm
-from monge.ot.entropic.distributed import LOCAL, RowGroup
 from monge.ot.entropic.iteration import Potentials, Stopping, iterate, largest
 from monge.ot.entropic.log_domain import LogDomain
 from monge.ot.entropic.problem import Survey, check_masses, column_tops, scale_masses, survey_scores

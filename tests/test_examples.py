@@ -1,0 +1,115 @@
+"""The examples under torchrun on two gloo processes: the losses of one, and what a lost process leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def command(script: str, processes: int, *arguments: object) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    return [
+        sys.executable,
+        *launcher,
+        "--nproc-per-node",
+        str(processes),
+        str(EXAMPLES / script),
+        *map(str, arguments),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(script: str, processes: int, *arguments: object) -> str:
+    done = subprocess.run(
+        command(script, processes, *arguments), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(printed: str) -> dict[str, float]:
+    """Step (or validation) -> loss."""
+    found = re.findall(r"^(?:step (\d+): loss|(validation) loss) ([\d.]+)", printed, re.MULTILINE)
+    return {step or validation: float(loss) for step, validation, loss in found}
+
+
+def test_data_parallel_losses_are_those_of_one_process(tmp_path):
+    options = ("--router", "ssr", "--checkpoint-every", 2, "--steps", 4)
+    alone = losses(run("train_ddp.py", 1, "--out", tmp_path / "one", *options))
+    both = losses(run("train_ddp.py", 2, "--out", tmp_path / "two", "--fsdp", *options))
+    assert list(alone) == list(both) == ["2", "4"]
+    assert all(abs(alone[step] - both[step]) < 1e-4 for step in alone)
+    assert alone["4"] < alone["2"]
+
+
+def test_expert_parallel_losses_are_those_of_one_process(tmp_path):
+    options = ("--text", ROOT / "docs" / "*.md", ROOT / "*.md", "--steps", 4, "--checkpoint-every", 2)
+    alone, both = (
+        losses(run("train_expert_parallel.py", processes, "--out", tmp_path / str(processes), *options))
+        for processes in (1, 2)
+    )
+    assert list(alone) == list(both) == ["2", "4", "validation"]
+    assert all(abs(alone[step] - both[step]) < 2e-3 for step in alone)
+
+
+def workers_of(launcher: int) -> dict[int, int]:
+    """Rank -> process id of the processes that torchrun started."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")]
+        if ranks:
+            found[ranks[0]] = int(child)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_lost_process_ends_the_job_and_leaves_the_last_checkpoint(how, tmp_path):
+    timeout_s = 10
+    options = ("--out", tmp_path / "run", "--checkpoint-every", 3, "--timeout", timeout_s)
+    with (tmp_path / "stderr").open("w+") as stderr:
+        job = subprocess.Popen(
+            command("train_ddp.py", 2, "--steps", 10**6, *options),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        try:
+            assert job.stdout is not None
+            seen = next(line for line in job.stdout if line.startswith("step 6:"))
+            os.kill(workers_of(job.pid)[1], how)
+            began = time.monotonic()
+            rest = job.stdout.read()
+            assert job.wait(timeout=120) != 0
+            took = time.monotonic() - began
+        finally:
+            job.kill()
+        stderr.seek(0)
+        said = stderr.read()
+    assert "another process died, or was silent" in said
+    assert "goes on from there" in said
+    # Within the timeout, and the 30 seconds that torchrun gives a process that does not listen.
+    assert took < timeout_s + 60
+    saved = [int(step) for step in re.findall(r"^step (\d+)", seen + rest, re.MULTILINE)][-1]
+    whole = [path.name for path in (tmp_path / "run").glob("step-*")]
+    assert whole in ([f"step-{saved}"], [f"step-{saved + 3}"])  # it may be whole before its line is printed
+    if how == signal.SIGKILL:
+        printed = run("train_ddp.py", 1, "--steps", saved + 6, *options)
+        assert f"from {whole[0].replace('-', ' ')}" in printed
+        assert all(0 < loss < 6 for loss in losses(printed).values())
