@@ -11,7 +11,7 @@
 as a standard architecture, `load` reads it. The solvers stand on their own in `monge.ot`.
 """
 
-from monge import ot, routing
+from monge import hf, ot, routing
 from monge.conversion import convert, export, load
 from monge.moe import MoE
 from monge.monitor import watch
@@ -23,6 +23,7 @@ __all__ = [
     "aux_loss",
     "convert",
     "export",
+    "hf",
     "load",
     "make_router",
     "ot",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from monge.conversion.evaluation.sparse import SparseBlock, find_blocks
 from monge.conversion.ffn import find_ffns
 from monge.conversion.types import FFN
+from monge.hf.blocks import SparseBlock, find_blocks
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,19 @@
+"""Monge inside the MoE models of transformers: routers, and their state beside a checkpoint.
+
+`use_router` changes the router of a model, `load_state` restores a saved one, `compare_with_stock` measures
+what inference without Monge would leave out. Nothing here imports transformers before it is needed.
+"""
+
+from monge.hf.router import restore_router, use_router
+from monge.hf.saving import load_state, save_state
+from monge.hf.stock import StockComparison, compare_with_stock, stock_inference
+
+__all__ = [
+    "StockComparison",
+    "compare_with_stock",
+    "load_state",
+    "restore_router",
+    "save_state",
+    "stock_inference",
+    "use_router",
+]
