@@ -4,11 +4,19 @@
 what inference without Monge would leave out. Nothing here imports transformers before it is needed.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from monge.hf.logs import RouterLog
 from monge.hf.router import restore_router, use_router
 from monge.hf.saving import load_state, save_state
 from monge.hf.stock import StockComparison, compare_with_stock, stock_inference
 
+if TYPE_CHECKING:
+    from monge.hf.callback import RouterCallback
+
 __all__ = [
+    "RouterCallback",
+    "RouterLog",
     "StockComparison",
     "compare_with_stock",
     "load_state",
@@ -17,3 +25,11 @@ __all__ = [
     "stock_inference",
     "use_router",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RouterCallback":  # a subclass of transformers' class, which costs seconds to import
+        from monge.hf.callback import RouterCallback
+
+        return RouterCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
