@@ -10,6 +10,7 @@ from monge.hf.logs import RouterLog
 from monge.hf.router import restore_router, use_router
 from monge.hf.saving import load_state, save_state
 from monge.hf.stock import StockComparison, compare_with_stock, stock_inference
+from monge.hf.upcycling import upcycle
 
 if TYPE_CHECKING:
     from monge.hf.callback import RouterCallback
@@ -23,6 +24,7 @@ __all__ = [
     "restore_router",
     "save_state",
     "stock_inference",
+    "upcycle",
     "use_router",
 ]
 
