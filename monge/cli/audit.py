@@ -150,7 +150,8 @@ def print_audit(console: Console, out: Path) -> None:
     titles, rows = layer_rows(found)
     table = Table(box=box.SIMPLE_HEAD)
     for title in titles:
-        table.add_column(title, justify="right", style="bold" if title == "layer" else None)
+        narrow = title.replace(", ", "\n").replace(" ", "\n")
+        table.add_column(narrow, justify="right", style="bold" if title == "layer" else None, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -20,7 +20,11 @@ MEANINGS = (
     ("copies", "Pairs of experts whose outputs on the same tokens differ by less than 5 % of their norm."),
     ("closest", "The smallest such difference of any two experts; 0 is an exact copy."),
     ("domain", "Mutual information of expert and text domain, as a share of the domain's entropy."),
-    ("drops", "Slots that a static capacity would drop, by its factor of an equal share of the batch."),
+    (
+        "drops",
+        "Slots that a static capacity would drop, by its factor of an equal share of a batch; a batch is of "
+        "one domain.",
+    ),
     ("flips", "Slots whose expert changes when the whole model computes in the other precision."),
     ("batch", "Slots whose expert changes when a sequence is run alone, in evaluation."),
     (
@@ -130,7 +134,7 @@ def _domains(run: AuditRun) -> str:
 
 def _model(run: AuditRun) -> str:
     about = run.about.get("model", {})
-    digest = f", sha256 {about['digest']}" if about.get("digest") else ""
+    digest = f", sha256 {about['digest'][:16]}…" if about.get("digest") else ""  # whole in config.json
     routed = f" It routes by Monge's {about['router']}." if about.get("router") else ""
     return f"{run.model} ({about.get('architecture', 'unknown architecture')}{digest}).{routed}"
 

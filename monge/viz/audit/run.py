@@ -54,10 +54,11 @@ def headline(run: AuditRun) -> str:
     dead, experts = found["dead_experts"], found["experts"]
     who = f"{dead} of {experts} experts are dead" if dead else f"All {experts} experts are in use"
     worst = max(run.layers, key=lambda row: row["max_violation"])
+    dropped = percent(found["drops"][min(found["drops"], key=float)])
     return (
         f"{who}; in the least balanced layer ({worst['layer']}) the busiest takes "
-        f"{1 + worst['max_violation']:.1f} times its share, and a static capacity of that share would drop "
-        f"{percent(found['drops'][min(found['drops'], key=float)])} of all slots."
+        f"{1 + worst['max_violation']:.1f} times its share, and a static capacity of "
+        f"{min(found['drops'], key=float)} times an equal share would drop {dropped} of all slots."
     )
 
 
@@ -110,7 +111,9 @@ def _dependence(found: Record) -> str:
     else:
         text = "In evaluation no route depends on the batch or on later tokens"
         text += "." if here == 0 else f", beyond rounding ({percent(here)} of the slots)."
-    if found["leak_training"] is not None:
+    if found["leak_training"] == found["batch_dependence_training"] == 0:
+        text += " Nor in training."
+    elif found["leak_training"] is not None:
         text += (
             f" In training {percent(found['batch_dependence_training'])} depend on the batch and "
             f"{percent(found['leak_training'])} on later tokens."
