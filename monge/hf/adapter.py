@@ -66,7 +66,9 @@ class RouterAdapter(nn.Module):
         mask = ids = None
         if tokens is not None and hidden.numel() == tokens.shape[0] * tokens.shape[1] * hidden.shape[-1]:
             hidden = hidden.reshape(*tokens.shape, hidden.shape[-1])
-            mask, ids = tokens.mask_BS, tokens.ids_BS
+            mask, ids = (  # a model may be spread over devices
+                x if x is None else x.to(hidden.device) for x in (tokens.mask_BS, tokens.ids_BS)
+            )
         routing = self.router(hidden, mask, ids)
         weights_TK = routing.weights
         if gates_are_plain(self.router, self.method, self.family, routing.prices):

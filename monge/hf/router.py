@@ -16,7 +16,7 @@ from torch import nn
 
 from monge.hf.adapter import RouterAdapter, adapt, restore
 from monge.hf.blocks import SparseBlock, find_blocks
-from monge.hf.families import FAMILIES, lost_in_stock, options_for
+from monge.hf.families import FAMILIES, holds_prices, lost_in_stock, options_for
 from monge.hf.saving import attach_saving, detach_saving, load_state, stored_router
 from monge.hf.tokens import announce, deliver
 from monge.routing import make_router
@@ -83,6 +83,8 @@ def use_router(model: Model, name: str, *, seed: int = 0, resume: bool = True, *
                 layer=number, seed=seed, device=gate.weight.device, **chosen,
             )  # fmt: skip
         made.append((block, gate, router, family, chosen))
+    folder = getattr(model, "name_or_path", None)
+    stored = stored_router(folder) if resume and folder else None
     restore_router(model, missing_ok=True)
     for _, gate, router, family, _ in made:
         _tell_what_changes(gate, router, name, family)
@@ -90,8 +92,7 @@ def use_router(model: Model, name: str, *, seed: int = 0, resume: bool = True, *
     _lift_groups(model, [gate for _, gate, *_ in made])
     _hand_down_tokens(model, blocks)
     attach_saving(model)
-    folder = getattr(model, "name_or_path", None)
-    if resume and folder and stored_router(folder) == name:
+    if folder and stored == name:
         load_state(model, folder)
     return model
 
@@ -146,7 +147,7 @@ def _family_of(gate: nn.Module) -> Any:
 
 
 def _tell_what_changes(gate: Any, router: Any, name: str, family: Any) -> None:
-    if family.bias and getattr(gate, family.bias).any() and name not in ("lossfree", "quantile", "prices"):
+    if family.bias and getattr(gate, family.bias).any() and not holds_prices(router, name, family):
         warnings.warn(
             f"router {name!r} of layer {router.layer} does not use {family.bias}, which was not zero: it is "
             "zero from now on, so that stock inference chooses as this router does",

@@ -202,3 +202,18 @@ def test_peft_wraps_it(tmp_path):
     assert not torch.equal(moved[0].weight, before)
     assert torch.equal(next(adapters(tuned)).weight, before)
     monge.hf.save_state(tuned, tmp_path / "tuned")
+
+
+def test_a_damaged_state_beside_the_checkpoint_changes_nothing(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tiny("Mixtral").save_pretrained(tmp_path)
+    (tmp_path / STATE).write_bytes(b"no state")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = type(model.model.layers[0].mlp.gate)
+    with pytest.raises(ValueError, match="cannot be read"):
+        monge.hf.use_router(model, "prices")
+    assert type(model.model.layers[0].mlp.gate) is before
+    assert (
+        next(adapters(monge.hf.use_router(model, "prices", resume=False))) is model.model.layers[0].mlp.gate
+    )
