@@ -11,7 +11,8 @@
 as a standard architecture, `load` reads it. The solvers stand on their own in `monge.ot`.
 """
 
-from monge import ot, routing
+from monge import hf, ot, routing
+from monge.auditing import audit
 from monge.conversion import convert, export, load
 from monge.moe import MoE
 from monge.monitor import watch
@@ -20,9 +21,11 @@ from monge.routing import Routing, aux_loss, make_router, step
 __all__ = [
     "MoE",
     "Routing",
+    "audit",
     "aux_loss",
     "convert",
     "export",
+    "hf",
     "load",
     "make_router",
     "ot",

@@ -41,6 +41,15 @@ def _model():
     return monge.MoE(8, 16, 4, 2, router="prices")
 
 
+def _language_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    model.model.layers[0].mlp = _model()
+    return model
+
+
 def _convert(folder):
     from transformers import ViTConfig, ViTModel
 
@@ -56,6 +65,7 @@ CALLS = {
         torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), 1, torch.zeros(1, 1)
     ),
     "make_router": lambda: monge.make_router("topk", dim=8, num_experts=4, top_k=2),
+    "audit": lambda: monge.audit(_language_model(), [torch.arange(8).view(2, 4)]),
     "step": lambda: monge.step(_model()),
     "aux_loss": lambda: monge.aux_loss(_model()),
     "watch": lambda: monge.watch(_model()).__enter__(),

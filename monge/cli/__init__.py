@@ -39,6 +39,7 @@ COMMANDS = {
         "monge.cli.convert", "turn a dense checkpoint into a Mixture of Experts", resumes=True
     ),
     "eval": Command("monge.cli.eval", "measure what a converted model kept, and what it saves", resumes=True),
+    "audit": Command("monge.cli.audit", "see what the routing of any Mixture of Experts does"),
     "generate": Command("monge.cli.generate", "write text with a dense or a converted model"),
     "report": Command("monge.cli.report", "draw the figures and the report of a run again"),
 }

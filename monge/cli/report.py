@@ -10,12 +10,13 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from monge.cli.audit import report_audit
 from monge.cli.terminal import make_console, print_paths, print_results, say
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draw the figures and the report of a run of compare, convert or eval again, finished or not."""
+    """Draw the figures and the report of a run of compare, convert, eval or audit again, finished or not."""
 
     folder: tyro.conf.Positional[Path]
     """The folder that was --out of the run."""
@@ -31,7 +32,12 @@ def run(arguments: list[str]) -> None:
 
     parsed = tyro.cli(Arguments, args=arguments, prog="monge report", config=(tyro.conf.FlagCreatePairsOff,))
     console = make_console()
-    if read_config(parsed.folder).get("command", "compare") != "compare":
+    command = read_config(parsed.folder).get("command", "compare")
+    if command == "audit":
+        if parsed.beside:
+            raise ValueError("--beside is for folders of convert and eval: an audit is of one model")
+        report_audit(console, parsed.folder)
+    elif command != "compare":
         report_conversion(console, parsed.folder, parsed.beside)
     elif parsed.beside:
         raise ValueError(

@@ -40,6 +40,9 @@ class Prices(PricedRouter):
     Args:
         gates: "priced", as above, or "raw", softmax over the chosen of Z_t, the form standard architectures
             hold.
+        scores: what the prices are subtracted from to choose, the "logits" Z as above, their "softmax" or
+            "sigmoid". The last two go with raw gates, of the same kind: "sigmoid" is the gate of DeepSeek-V3,
+            which holds -b as its bias.
         momentum: share of the old b that stays.
         renormalise: False takes the softmax over all experts; None means True where top_k > 1.
 
@@ -64,18 +67,24 @@ class Prices(PricedRouter):
         top_k: int,
         *,
         gates: str = "priced",
+        scores: str = "logits",
         momentum: float = 0.5,
         renormalise: bool | None = None,
         **common: Any,
     ) -> None:
         super().__init__(dim, num_experts, top_k, renormalise=renormalise, **common)
-        check_choice(gates=(gates, ("priced", "raw")))
+        check_choice(gates=(gates, ("priced", "raw")), scores=(scores, ("logits", "softmax", "sigmoid")))
         check_share(momentum=momentum)
-        self.gate_scores, self.momentum = gates, momentum
+        if scores != "logits" and gates == "priced":
+            raise ValueError(
+                f"gates='priced' subtracts the prices from the logits, and scores={scores!r} gives prices of "
+                "another unit: pass gates='raw', or leave scores at 'logits'"
+            )
+        self.gate_scores, self.scores, self.momentum = gates, scores, momentum
 
     def gates(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
         gate_logits_TE = logits_TE - self.prices if self.gate_scores == "priced" else logits_TE
-        return gates_of(gate_logits_TE, indices_TK, renormalise=self.renormalise)
+        return gates_of(gate_logits_TE, indices_TK, kind=self.scores, renormalise=self.renormalise)
 
     def statistic(self, scores_TE: Tensor, indices_TK: Tensor, batch: Batch) -> Tensor:
         return margin_prices(

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 
 from monge.conversion.evaluation import compare_models, find_blocks, perplexity, shifted_top_k
 from monge.conversion.evaluation.quality import POSITIONS_AT_ONCE, Sums, predictor, sum_predictors
-from monge.conversion.evaluation.sparse import layer_in, possible_offsets
+from monge.hf.blocks import layer_in, possible_offsets
 
 
 @pytest.fixture(scope="module")

@@ -196,3 +196,19 @@ def test_frozen_prices_are_no_parameters_and_get_no_gradient():
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         stressed(name, **options)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_prices_on_other_scores_choose_by_them_and_weigh_with_them(scores):
+    router = make_router(
+        "prices", dim=8, num_experts=4, top_k=2, scores=scores, gates="raw", renormalise=False
+    )
+    router.prices.copy_(torch.tensor([0.2, 0.0, -0.1, 0.0]))
+    hidden = torch.randn(32, 8) * 20
+    routing = router.eval()(hidden)
+    scored = routing.logits.sigmoid() if scores == "sigmoid" else routing.logits.softmax(-1)
+    chosen = (scored - router.prices).topk(2).indices
+    assert torch.equal(routing.indices, chosen)
+    assert torch.allclose(routing.weights, scored.gather(1, chosen))
+    with pytest.raises(ValueError, match="gates='raw'"):
+        make_router("prices", dim=8, num_experts=4, top_k=2, scores=scores)

@@ -14,10 +14,10 @@ from monge.conversion.evaluation.embeddings import EmbeddingQuality, compare_emb
 from monge.conversion.evaluation.layers import LayerQuality, measure_layers, oracle
 from monge.conversion.evaluation.quality import Quality, compare_models, perplexity
 from monge.conversion.evaluation.settings import EvalConfig
-from monge.conversion.evaluation.sparse import counted_loads, find_blocks, shifted_top_k
 from monge.conversion.evaluation.speed import Speed, measure_speed, peak_memory_bytes
 from monge.conversion.evaluation.study import evaluate
 from monge.conversion.evaluation.tasks import TASKS, Retention, TaskScore, retention, run_task
+from monge.hf.blocks import counted_loads, find_blocks, shifted_top_k
 
 __all__ = [
     "TASKS",

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from monge.conversion.evaluation.sparse import SparseBlock, find_blocks
 from monge.conversion.ffn import find_ffns
+from monge.hf.blocks import SparseBlock, find_blocks
 
 
 @dataclass(frozen=True)

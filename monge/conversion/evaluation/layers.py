@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from monge.conversion.evaluation.sparse import SparseBlock, counted_loads, find_blocks
 from monge.conversion.ffn import find_ffns
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.types import FFN, FFNWeights
+from monge.hf.blocks import SparseBlock, counted_loads, find_blocks
 
 
 @dataclass(frozen=True)

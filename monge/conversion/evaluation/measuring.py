@@ -27,11 +27,11 @@ from monge.conversion.evaluation.quality import (
     sum_predictors,
 )
 from monge.conversion.evaluation.settings import EvalConfig
-from monge.conversion.evaluation.sparse import possible_offsets
 from monge.conversion.evaluation.speed import measure_speed
 from monge.conversion.evaluation.tasks import requests_of, run_task
 from monge.conversion.observer import Observer
 from monge.conversion.source import Source
+from monge.hf.blocks import possible_offsets
 from monge.workspace.records import Record, Records
 
 CHUNKS_OF_A_PART = 8

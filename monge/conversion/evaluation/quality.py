@@ -18,8 +18,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor, nn
 
-from monge.conversion.evaluation.sparse import shifted_top_k
 from monge.conversion.observer import Observer, Silent
+from monge.hf.blocks import shifted_top_k
 
 POSITIONS_AT_ONCE = 128
 

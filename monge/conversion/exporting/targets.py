@@ -20,19 +20,10 @@ from torch import Tensor
 
 from monge.conversion.exporting import needs
 from monge.conversion.exporting.structure import Structure
-
-NARROWEST_SHARED = 32
-"""Width of a shared expert of zeros, where an architecture must have one: a block of llama.cpp's formats."""
+from monge.hf.upcycling import CARRIED, NARROWEST_SHARED
 
 ACTIVATION_NAMES = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "geglu_exact": "gelu"}
 """Of gated FFNs, as transformers names them."""
-
-CARRIED = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id",
-    "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
-)  # fmt: skip
-"""Fields of the configuration that mean the same in every architecture here, source or target."""
 
 
 @dataclass(frozen=True, kw_only=True)

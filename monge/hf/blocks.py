@@ -72,7 +72,7 @@ def layer_in(name: str) -> int:
     """The first number in the path of a module, 0 if there is none.
 
     Examples:
-        >>> from monge.conversion.evaluation.sparse import layer_in
+        >>> from monge.hf.blocks import layer_in
         >>> layer_in("model.layers.7.mlp")
         7
     """
@@ -144,7 +144,8 @@ def _rescale(block: SparseBlock, offset: int) -> Any:
 def _counter(loads: dict[int, Tensor], block: SparseBlock) -> Any:
     def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         indices_S = arguments[1].detach().flatten()
-        new_E = torch.bincount(indices_S[indices_S >= 0], minlength=block.num_experts)  # -1: an empty slot
+        valid_S = (indices_S >= 0) & (arguments[2].detach().flatten() != 0)  # an empty slot: -1, or weight 0
+        new_E = torch.bincount(indices_S[valid_S], minlength=block.num_experts)
         loads[block.layer] = loads[block.layer] + new_E if block.layer in loads else new_E
 
     return count
