@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monge.moe.cpu_kernels import sort_by_expert
 from monge.routing.types import Routing, expert_loads
 
 
@@ -38,6 +40,8 @@ class Slots:
 
 def sort_slots(indices_TK: Tensor, num_experts: int, *, padded: bool = False) -> Slots:
     """Group the slots by expert. Reads N from the device unless ``padded``, where R = T K."""
+    if indices_TK.device.type == "cpu":
+        return _sort_on_cpu(indices_TK, num_experts, padded)
     T, K = indices_TK.shape
     counts_E = expert_loads(indices_TK, num_experts)
     flat = indices_TK.flatten()
@@ -51,6 +55,18 @@ def sort_slots(indices_TK: Tensor, num_experts: int, *, padded: bool = False) ->
     rows = torch.where(empty, R, rows)
     order_R = order[:R]
     return Slots(counts_E, order_R // max(K, 1), order_R, rows.view(T, K))
+
+
+def _sort_on_cpu(indices_TK: Tensor, num_experts: int, padded: bool) -> Slots:
+    """The same by one compiled counting sort: microseconds, where a few tokens have nothing to hide behind."""
+    T, K = indices_TK.shape
+    flat = indices_TK.detach().reshape(-1).to(torch.int64).numpy()
+    counts = np.zeros(num_experts, np.int64)
+    order = np.empty(T * K if padded else np.count_nonzero(flat >= 0), np.int64)
+    rows = np.empty(T * K, np.int64)
+    sort_by_expert(flat, counts, order, rows)
+    counts_E, order_R, rows_N = (torch.from_numpy(a) for a in (counts, order, rows))
+    return Slots(counts_E, order_R // max(K, 1), order_R, rows_N.view(T, K))
 
 
 def combine(values_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:

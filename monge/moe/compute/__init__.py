@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import torch
 
+from monge.moe.compute.gemv import gemv
 from monge.moe.compute.grouped_mm import grouped
 from monge.moe.compute.loop import loop
 from monge.moe.compute.operator import ComputePath
 from monge.moe.compute.sorted import sorted_by_expert
 
-PATHS: dict[str, ComputePath] = {"loop": loop, "sorted": sorted_by_expert, "grouped_mm": grouped}
+PATHS: dict[str, ComputePath] = {
+    "loop": loop,
+    "sorted": sorted_by_expert,
+    "gemv": gemv,
+    "grouped_mm": grouped,
+}
 
 SMALL_GATHER = 2 * 2**20  # bytes
 
