@@ -44,7 +44,7 @@ def candidates(
         modules[name].compute = name  # type: ignore[assignment]
     if transformers:
         modules |= {
-            f"transformers {name}": _transformers_experts(experts, name) for name in ("eager", "grouped_mm")
+            f"transformers {name}": transformers_experts(experts, name) for name in ("eager", "grouped_mm")
         }
 
     def run(module: torch.nn.Module) -> object:
@@ -60,7 +60,7 @@ def candidates(
     return {name: lambda module=module: run(module) for name, module in modules.items()}  # type: ignore[misc]
 
 
-def _transformers_experts(experts: Experts, implementation: str) -> torch.nn.Module:
+def transformers_experts(experts: Experts, implementation: str) -> torch.nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -92,7 +92,7 @@ def main() -> None:
                     )
                     repeats = args.repeats * (1 if T > 100 else 5)
                     ms = {name: 1000 * s for name, s in interleave(runs, repeats=repeats).items()}
-                    auto = choose_path(T * K, H, DTYPES[dtype], torch.device("cpu"))
+                    auto = choose_path(T * K, E, DTYPES[dtype], torch.device("cpu"))
                     mode = "forward+backward" if backward else "forward"
                     rows.append({"size": size, "T": T, "dtype": dtype, "mode": mode, "auto": auto, "ms": ms})
                     relative = "  ".join(f"{name} {t / ms[auto]:.2f}" for name, t in ms.items())

@@ -108,7 +108,7 @@ class Experts(nn.Module):
             )
         name = self.compute
         if name == "auto":
-            name = choose_path(indices_TK.numel(), self.dim, hidden_TH.dtype, device)
+            name = choose_path(indices_TK.numel(), self.num_experts, hidden_TH.dtype, device)
         return PATHS[name](hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias)
 
     def extra_repr(self) -> str:

@@ -22,25 +22,20 @@ PATHS: dict[str, ComputePath] = {
     "grouped_mm": grouped,
 }
 
-SMALL_GATHER = 2 * 2**20  # bytes
+FEW_ROWS = {torch.float32: 16, torch.bfloat16: 32, torch.float64: 16}
 
 
-def choose_path(num_slots: int, dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_path(num_slots: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> str:
     """What `auto` stands for: a fixed table by shape, dtype and device (benchmarks/moe_paths.py).
 
-    On the CPU `grouped_mm` spares the Python of one call per expert, but it gathers the rows of all experts
-    at once; `sorted` gathers those of one, which stay in the cache. The first is up to 20% faster while all
-    rows fit into `SMALL_GATHER`, the second by as much when they do not, and in float64, for which torch has
-    no kernel. On an accelerator `grouped_mm` reads nothing back, where torch has a kernel for it: bfloat16 on
-    CUDA.
-
     Args:
-        num_slots: T K. dim: H.
+        num_slots: T K. num_experts: E.
     """
     if device.type != "cpu":
+        # nothing is read back from the device, where torch has a kernel for it
         return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 else "sorted"
-    small = num_slots * dim * dtype.itemsize <= SMALL_GATHER
-    return "grouped_mm" if small and dtype != torch.float64 else "sorted"
+    rows = num_slots / num_experts  # of an expert, on average
+    return "gemv" if rows <= FEW_ROWS.get(dtype, 0) else "sorted"
 
 
 __all__ = ["PATHS", "ComputePath", "choose_path"]

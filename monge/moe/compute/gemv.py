@@ -27,15 +27,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ALONE = 2**16  # multiply-adds that one thread does faster than it wakes another
 
 
-def _takes(*matrices: Tensor) -> bool:
+def _takes(*weights: Tensor) -> bool:
     """Whether the compiled loops run on these weights."""
-    return all(m.device.type == "cpu" and m.dtype in _DTYPES and m.is_contiguous() for m in matrices)
+    return all(w.device.type == "cpu" and w.dtype in _DTYPES and w.is_contiguous() for w in weights)
 
 
-def _bits(weights: Tensor) -> np.ndarray:
+def _array(x: Tensor) -> np.ndarray:
     """The same memory for numpy, which has no bfloat16: its bits."""
-    weights = weights.detach()
-    return weights.view(torch.uint16).numpy() if weights.dtype == torch.bfloat16 else weights.numpy()
+    x = x.detach()
+    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _forward(
@@ -53,28 +53,27 @@ def _forward(
         return by_expert.forward(
             hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, keep, padded, bias_EJ
         )
-    (T, H), (E, J, _) = hidden_TH.shape, proj_in_EJH.shape
-    dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
-    slots = sort_slots(indices_TK, E, padded=padded)
-    starts = np.zeros(E + 1, np.int64)
-    np.cumsum(slots.counts_E.numpy(), out=starts[1:])
-    N, threads = int(starts[-1]), torch.get_num_threads()
-    tokens = slots.tokens_R.numpy()
-    x, proj_in, proj_out = hidden_TH.detach().to(dtype).contiguous().numpy(), _bits(proj_in_EJH), _bits(proj_out_EHI)
+    dtype, out_dtype = torch.promote_types(hidden_TH.dtype, torch.float32), sum_dtype(hidden_TH, weights_TK)
+    slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=padded)
+    starts, tokens = slots.starts_E1.numpy(), slots.tokens_R.numpy()
+    N, J, H = int(starts[-1]), proj_in_EJH.shape[1], proj_in_EJH.shape[2]
+    threads, alone = torch.get_num_threads(), N * J * H < ALONE
 
+    x, proj_in, proj_out = _array(hidden_TH.to(dtype).contiguous()), _array(proj_in_EJH), _array(proj_out_EHI)
     pre_RJ = hidden_TH.new_empty((len(tokens), J), dtype=dtype)
     pre = pre_RJ.numpy()
-    alone = N * J * H < ALONE
     run_all(
-        lambda rows: cpu_kernels.project_in(x, tokens, starts, proj_in, *rows, pre), split(J, threads), alone=alone
+        lambda rows: cpu_kernels.project_in(x, tokens, starts, proj_in, *rows, pre),
+        split(J, threads),
+        alone=alone,
     )
     pre_NJ = pre_RJ[:N]
     if bias_EJ is not None:
         pre_NJ += bias_EJ.index_select(0, indices_TK.flatten()[slots.order_R[:N]])
 
     act = ACTIVATIONS[activation].forward(pre_NJ).numpy()
-    out_TH = hidden_TH.new_zeros((T, H), dtype=sum_dtype(hidden_TH, weights_TK))
-    gates = weights_TK.detach().flatten()[slots.order_R[:N]].to(out_TH.dtype).numpy()
+    gates = _array(weights_TK.to(out_dtype)).reshape(-1)[slots.order_R.numpy()]
+    out_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=out_dtype)
     out = out_TH.numpy()
     run_all(
         lambda rows: cpu_kernels.project_out(act, tokens, gates, starts, proj_out, *rows, out),

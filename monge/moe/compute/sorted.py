@@ -9,6 +9,7 @@ Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -23,11 +24,9 @@ from monge.moe.dispatch import Slots, sort_slots
 
 
 def _segments(slots: Slots) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows), experts with no token included. Reads the counts from the device, once."""
-    start = 0
-    for e, count in enumerate(slots.counts_E.tolist()):
-        yield e, slice(start, start + count)
-        start += count
+    """(expert, its rows), experts with no token included. Reads the edges from the device, once."""
+    for e, edges in enumerate(itertools.pairwise(slots.starts_E1.tolist())):
+        yield e, slice(*edges)
 
 
 def forward(
