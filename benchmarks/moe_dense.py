@@ -13,6 +13,7 @@ Shapes: T tokens, K experts per token, E experts, H model width, I expert width.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from itertools import cycle
 
@@ -89,7 +90,7 @@ def candidates(
     return runs
 
 
-def inference(dtypes: list[str], repeats: int) -> list[dict[str, object]]:
+def inference(dtypes: list[str], repeats: int, clock: Callable[[], float]) -> list[dict[str, object]]:
     """Table 1: times faster than dense."""
     H, I, E = INFERENCE
     rows: list[dict[str, object]] = []
@@ -98,7 +99,7 @@ def inference(dtypes: list[str], repeats: int) -> list[dict[str, object]]:
             K = round(active * E)
             for phase, T in PHASES.items():
                 runs = candidates(H, I, E, K, T, DTYPES[dtype], E * I, backward=False)
-                seconds = interleave(runs, repeats=repeats)
+                seconds = interleave(runs, repeats=repeats, clock=clock)
                 times = {name: seconds["dense"] / s for name, s in seconds.items()}
                 best = max(v for name, v in times.items() if name.startswith("transformers"))
                 flops = 6 * T * K * H * I / seconds["monge"] / (6 * T * E * I * H / seconds["dense"])
@@ -114,13 +115,15 @@ def inference(dtypes: list[str], repeats: int) -> list[dict[str, object]]:
     return rows
 
 
-def training(dtypes: list[str], repeats: int, T: int = 2048) -> list[dict[str, object]]:
+def training(
+    dtypes: list[str], repeats: int, clock: Callable[[], float], T: int = 2048
+) -> list[dict[str, object]]:
     """Table 2: the step's FLOP/s over those of the dense FFN of equal active width, and peak memory."""
     rows: list[dict[str, object]] = []
     for dtype in dtypes:
         for name, (H, I, E, K) in TRAINING.items():
             runs = candidates(H, I, E, K, T, DTYPES[dtype], K * I, backward=True)
-            seconds = interleave(runs, repeats=repeats, warmup=0.0)
+            seconds = interleave(runs, repeats=repeats, warmup=0.0, clock=clock)
             share = {who: seconds["dense"] / s for who, s in seconds.items()}
             peak = {who: peak_bytes(run) for who, run in runs.items()}
             rows.append({"layer": name, "dtype": dtype, "flops_of_dense": share, "peak_bytes": peak})
@@ -132,18 +135,22 @@ def training(dtypes: list[str], repeats: int, T: int = 2048) -> list[dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["inference", "training"], help="one table instead of both")
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds per case (default 9)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time of one thread: for a machine that others use too"
+    )
     parser.add_argument("--out", help="also write the figures to this JSON file")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if args.cpu_time else args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     print(machine())
     rows: list[dict[str, object]] = []
     if args.only in (None, "inference"):
-        rows += inference(args.dtypes, args.repeats)
+        rows += inference(args.dtypes, args.repeats, clock)
     if args.only in (None, "training"):
-        rows += training(args.dtypes, args.repeats)
+        rows += training(args.dtypes, args.repeats, clock)
     if args.out:
         write_json(args.out, rows)
 

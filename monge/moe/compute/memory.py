@@ -24,9 +24,8 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     """
     dtype = dtype or like.dtype
     items = int(np.prod(shape, dtype=np.int64))
-    fills = (
-        torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
-    )
+    # deterministic mode may want NaN in new memory: that is torch's to do
+    fills = torch.are_deterministic_algorithms_enabled()
     if like.device.type != "cpu" or items * dtype.itemsize < LARGE or fills:
         return like.new_empty(shape, dtype=dtype)
     memory = np.empty(items * dtype.itemsize, np.uint8)

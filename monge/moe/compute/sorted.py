@@ -10,8 +10,9 @@ Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from monge.moe.activations import ACTIVATIONS
@@ -27,6 +28,18 @@ def _segments(slots: Slots) -> Iterator[tuple[int, slice]]:
     """(expert, its rows), experts with no token included. Reads the edges from the device, once."""
     for e, edges in enumerate(itertools.pairwise(slots.starts_E1.tolist())):
         yield e, slice(*edges)
+
+
+def _gatherer(x_TX: Tensor, slots: Slots) -> Callable[[slice], Tensor]:
+    """A function from rows to the (n, X) of their tokens, in a buffer that lasts until the next call."""
+    largest = int(slots.counts_E.max()) if len(slots.tokens_R) else 0
+    buffer_nX = empty(x_TX, (largest, x_TX.shape[1]))
+
+    def gather(rows: slice) -> Tensor:
+        out_nX = buffer_nX[: rows.stop - rows.start]
+        return torch.index_select(x_TX, 0, slots.tokens_R[rows], out=out_nX)
+
+    return gather
 
 
 def forward(
@@ -46,12 +59,13 @@ def forward(
     pre_RJ = empty(hidden_TH, (len(slots.tokens_R) if keep else 0, proj_in_EJH.shape[1]))
     slot_sum = SlotSum(slots, hidden_TH, sum_dtype(hidden_TH, weights_TK), weights_TK)
     dtype = product_dtype(hidden_TH.dtype, hidden_TH.device)
-    proj_in, proj_out, x_TH = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype), hidden_TH.to(dtype)
+    proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
+    hidden = _gatherer(hidden_TH.to(dtype), slots)
     for e, rows in _segments(slots):
         if rows.start < rows.stop:
             expert_forward(
                 act,
-                x_TH.index_select(0, slots.tokens_R[rows]),
+                hidden(rows),
                 proj_in(e),
                 proj_out(e),
                 bias_EJ[e] if bias_EJ is not None else None,
@@ -86,7 +100,8 @@ def backward(
     slot_sum = SlotSum(slots, grad_TH, sum_dtype(grad_TH, weights_TK)) if needs[0] else None
     dtype = product_dtype(grad_TH.dtype, grad_TH.device)
     proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
-    dy_TH, x_TH = grad_TH.to(dtype), hidden_TH.to(dtype) if hidden_TH is not None else None
+    dy = _gatherer(grad_TH.to(dtype), slots)
+    hidden = _gatherer(hidden_TH.to(dtype), slots) if hidden_TH is not None else None
     for e, rows in _segments(slots):
         grad_in_JH = grad_in_EJH[e] if needs[2] else None
         grad_out_HI = grad_out_EHI[e] if needs[3] else None
@@ -96,11 +111,10 @@ def backward(
                 if grad is not None:
                     grad.zero_()
             continue
-        tokens = slots.tokens_R[rows]
         grad_weights_R[rows] = expert_backward(
             act,
-            dy_TH.index_select(0, tokens),
-            x_TH.index_select(0, tokens) if x_TH is not None else None,
+            dy(rows),
+            hidden(rows) if hidden is not None else None,
             weights_R[rows],
             pre_RJ[rows],
             proj_in(e),
