@@ -69,9 +69,9 @@ def transformers_experts(experts: Experts, implementation: str) -> torch.nn.Modu
         hidden_size=experts.dim, intermediate_size=experts.hidden, num_local_experts=experts.num_experts
     )
     config._experts_implementation = implementation
-    theirs = MixtralExperts(config).to(experts.down_proj.dtype)
-    theirs.config = config
-    theirs.load_state_dict(experts.state_dict())
+    with torch.device("meta"):
+        theirs = MixtralExperts(config)
+    theirs.gate_up_proj, theirs.down_proj = experts.gate_up_proj, experts.down_proj
     return theirs
 
 
