@@ -104,7 +104,13 @@ def inference(dtypes: list[str], repeats: int, clock: Callable[[], float]) -> li
                 best = max(v for name, v in times.items() if name.startswith("transformers"))
                 flops = 6 * T * K * H * I / seconds["monge"] / (6 * T * E * I * H / seconds["dense"])
                 path = choose_path(T * K, E, DTYPES[dtype], torch.device("cpu"))
-                row = {"dtype": dtype, "active": active, "phase": phase, "path": path, "times_dense": times}
+                row = {
+                    "dtype": dtype,
+                    "active": f"{active:.0%}",
+                    "phase": phase,
+                    "path": path,
+                    "times_dense": times,
+                }
                 rows.append(row | {"over_transformers": times["monge"] / best, "flops_of_dense": flops})
                 others = "  ".join(f"{n.removeprefix('transformers ')} {v:.2f}" for n, v in times.items())
                 print(
@@ -116,12 +122,13 @@ def inference(dtypes: list[str], repeats: int, clock: Callable[[], float]) -> li
 
 
 def training(
-    dtypes: list[str], repeats: int, clock: Callable[[], float], T: int = 2048
+    layers: list[str], dtypes: list[str], repeats: int, clock: Callable[[], float], T: int = 2048
 ) -> list[dict[str, object]]:
     """Table 2: the step's FLOP/s over those of the dense FFN of equal active width, and peak memory."""
     rows: list[dict[str, object]] = []
     for dtype in dtypes:
-        for name, (H, I, E, K) in TRAINING.items():
+        for name in layers:
+            H, I, E, K = TRAINING[name]
             runs = candidates(H, I, E, K, T, DTYPES[dtype], K * I, backward=True)
             seconds = interleave(runs, repeats=repeats, warmup=0.0, clock=clock)
             share = {who: seconds["dense"] / s for who, s in seconds.items()}
@@ -135,6 +142,7 @@ def training(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["inference", "training"], help="one table instead of both")
+    parser.add_argument("--layers", nargs="+", default=list(TRAINING), choices=list(TRAINING))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds per case (default 9)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
@@ -150,7 +158,7 @@ def main() -> None:
     if args.only in (None, "inference"):
         rows += inference(args.dtypes, args.repeats, clock)
     if args.only in (None, "training"):
-        rows += training(args.dtypes, args.repeats, clock)
+        rows += training(args.layers, args.dtypes, args.repeats, clock)
     if args.out:
         write_json(args.out, rows)
 
