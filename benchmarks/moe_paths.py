@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ SIZES = {  # name -> H, I, E, K
     "1024x256, 8 of 64": (1024, 256, 64, 8),
     "2048x128, 16 of 64": (2048, 128, 64, 16),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def candidates(
@@ -44,7 +45,7 @@ def candidates(
         modules[name].compute = name  # type: ignore[assignment]
     if transformers:
         modules |= {
-            f"transformers {name}": _transformers_experts(experts, name) for name in ("eager", "grouped_mm")
+            f"transformers {name}": transformers_experts(experts, name) for name in ("eager", "grouped_mm")
         }
 
     def run(module: torch.nn.Module) -> object:
@@ -60,7 +61,7 @@ def candidates(
     return {name: lambda module=module: run(module) for name, module in modules.items()}  # type: ignore[misc]
 
 
-def _transformers_experts(experts: Experts, implementation: str) -> torch.nn.Module:
+def transformers_experts(experts: Experts, implementation: str) -> torch.nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -68,9 +69,9 @@ def _transformers_experts(experts: Experts, implementation: str) -> torch.nn.Mod
         hidden_size=experts.dim, intermediate_size=experts.hidden, num_local_experts=experts.num_experts
     )
     config._experts_implementation = implementation
-    theirs = MixtralExperts(config).to(experts.down_proj.dtype)
-    theirs.config = config
-    theirs.load_state_dict(experts.state_dict())
+    with torch.device("meta"):
+        theirs = MixtralExperts(config)
+    theirs.gate_up_proj, theirs.down_proj = experts.gate_up_proj, experts.down_proj
     return theirs
 
 
@@ -79,20 +80,29 @@ def main() -> None:
     parser.add_argument("--out", default="", help="also write the figures to this JSON file")
     parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds per case")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--forward-only", action="store_true", help="inference alone")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: for a busy machine")
     parser.add_argument("--no-transformers", action="store_true")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     for dtype in args.dtypes:
-        for size, (H, I, E, K) in SIZES.items():
+        for size in args.sizes:
+            H, I, E, K = SIZES[size]
             for T in args.tokens:
-                for backward in (False, True):
+                for backward in (False,) if args.forward_only else (False, True):
                     runs = candidates(
                         T, H, I, E, K, DTYPES[dtype], backward=backward, transformers=not args.no_transformers
                     )
-                    repeats = args.repeats * (1 if T > 100 else 5)
-                    ms = {name: 1000 * s for name, s in interleave(runs, repeats=repeats).items()}
-                    auto = choose_path(T * K, H, DTYPES[dtype], torch.device("cpu"))
+                    repeats = args.repeats * (1 if T > 16 else 5)
+                    ms = {
+                        name: 1000 * s for name, s in interleave(runs, repeats=repeats, clock=clock).items()
+                    }
+                    auto = choose_path(T * K, E, DTYPES[dtype], torch.device("cpu"))
                     mode = "forward+backward" if backward else "forward"
                     rows.append({"size": size, "T": T, "dtype": dtype, "mode": mode, "auto": auto, "ms": ms})
                     relative = "  ".join(f"{name} {t / ms[auto]:.2f}" for name, t in ms.items())

@@ -6,6 +6,7 @@ machine's speed touches all of them alike. Absolute times are for orientation; t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -19,13 +20,20 @@ import torch
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], *, repeats: int = 7, least: float = 5e-3, warmup: float = 0.5
+    candidates: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 7,
+    least: float = 5e-3,
+    warmup: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds per call of each candidate over ``repeats`` interleaved rounds.
 
     Uncounted rounds come first, for ``warmup`` seconds and at least one. In a round a candidate runs as often
     as it takes to fill ``least`` seconds, after one uncounted call: a short one would otherwise be timed with
     the caches that its neighbours left behind.
+
+    On a busy machine and one thread ``clock=time.process_time`` leaves out the time that others had the core.
     """
     names = list(candidates)
     calls = dict.fromkeys(names, 1)  # per turn, set while warming up
@@ -33,10 +41,10 @@ def interleave(
     def turn(name: str) -> float:
         if calls[name] > 1:
             candidates[name]()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls[name]):
             candidates[name]()
-        return (time.perf_counter() - start) / calls[name]
+        return (clock() - start) / calls[name]
 
     began = time.perf_counter()
     while True:
@@ -49,6 +57,22 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             seconds[name].append(turn(name))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most resident memory during ``call`` over that before it, in bytes (Linux; 0 elsewhere)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return 0
+
+    def kibibytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    gc.collect()
+    reset.write_text("5")  # the peak starts again from what is resident now
+    before = kibibytes("VmRSS")
+    call()
+    return 1024 * max(0, kibibytes("VmHWM") - before)
 
 
 def machine() -> dict[str, object]:

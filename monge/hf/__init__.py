@@ -1,11 +1,12 @@
-"""Monge inside the MoE models of transformers: routers, and their state beside a checkpoint.
+"""Monge inside the MoE models of transformers: routers, their state beside a checkpoint, compute paths.
 
 `use_router` changes the router of a model, `load_state` restores a saved one, `compare_with_stock` measures
-what inference without Monge would leave out. Nothing here imports transformers before it is needed.
+what inference without Monge would leave out. `use_experts` computes the experts by Monge's paths. Nothing here imports transformers before it is needed.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from monge.hf.experts import register_experts, use_experts
 from monge.hf.logs import RouterLog
 from monge.hf.router import restore_router, use_router
 from monge.hf.saving import load_state, save_state
@@ -21,10 +22,12 @@ __all__ = [
     "StockComparison",
     "compare_with_stock",
     "load_state",
+    "register_experts",
     "restore_router",
     "save_state",
     "stock_inference",
     "upcycle",
+    "use_experts",
     "use_router",
 ]
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monge.moe.cpu_kernels import sort_by_expert
 from monge.routing.types import Routing, expert_loads
 
 
@@ -24,20 +25,27 @@ class Slots:
     """The filled slots, grouped by expert.
 
     Attributes:
-        counts_E: (E,) int64, slots of each expert.
+        starts_E1: (E + 1,) int64, expert e has rows starts[e]..starts[e + 1] - 1.
         tokens_R: (R,) int64, the token of each sorted slot; expert 0's slots first, empty slots last.
         order_R: (R,) int64, the same slots as positions in the flattened (T, K).
         rows_TK: (T, K) int64, where slot (t, k) is in the sorted order; R for an empty slot.
     """
 
-    counts_E: Tensor
+    starts_E1: Tensor
     tokens_R: Tensor
     order_R: Tensor
     rows_TK: Tensor
 
+    @property
+    def counts_E(self) -> Tensor:
+        """(E,) int64, slots of each expert."""
+        return self.starts_E1.diff()
+
 
 def sort_slots(indices_TK: Tensor, num_experts: int, *, padded: bool = False) -> Slots:
     """Group the slots by expert. Reads N from the device unless ``padded``, where R = T K."""
+    if indices_TK.device.type == "cpu":
+        return _sort_on_cpu(indices_TK, num_experts, padded)
     T, K = indices_TK.shape
     counts_E = expert_loads(indices_TK, num_experts)
     flat = indices_TK.flatten()
@@ -50,7 +58,14 @@ def sort_slots(indices_TK: Tensor, num_experts: int, *, padded: bool = False) ->
     R = T * K if padded else int(counts_E.sum())
     rows = torch.where(empty, R, rows)
     order_R = order[:R]
-    return Slots(counts_E, order_R // max(K, 1), order_R, rows.view(T, K))
+    starts_E1 = F.pad(counts_E.cumsum(0), (1, 0))
+    return Slots(starts_E1, order_R // max(K, 1), order_R, rows.view(T, K))
+
+
+def _sort_on_cpu(indices_TK: Tensor, num_experts: int, padded: bool) -> Slots:
+    """The same by one compiled counting sort: microseconds, which matter to a few tokens."""
+    arrays = sort_by_expert(indices_TK.numpy(), num_experts, padded)
+    return Slots(*(torch.from_numpy(array) for array in arrays))
 
 
 def combine(values_RH: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:

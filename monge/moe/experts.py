@@ -15,6 +15,41 @@ from monge.moe.exchange import Exchange, local_part
 INIT_STD = 0.02  # transformers' initializer_range
 
 
+def apply_experts(
+    hidden_TH: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    proj_in_EJH: Tensor,
+    proj_out_EHI: Tensor,
+    activation: str,
+    bias_EJ: Tensor | None = None,
+    *,
+    compute: str = "auto",
+    exchange: Exchange | None = None,
+) -> Tensor:
+    """(T, H), a compute path on anyone's weights: see `ComputePath`, and `Experts` for the rest.
+
+    With an ``exchange`` the weights are those of this rank's experts, and tokens travel to the others'.
+    """
+    device = hidden_TH.device
+    if torch.is_autocast_enabled(device.type) and hidden_TH.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden_TH, proj_in_EJH, proj_out_EHI = (x.to(dtype) for x in (hidden_TH, proj_in_EJH, proj_out_EHI))
+        bias_EJ = bias_EJ.to(dtype) if bias_EJ is not None else None
+    if hidden_TH.dtype != proj_in_EJH.dtype:
+        raise TypeError(
+            f"hidden states are {hidden_TH.dtype} and the experts {proj_in_EJH.dtype}: convert one of them "
+            "(`.to(dtype)`), or run under torch.autocast"
+        )
+    if exchange is not None:
+        return exchange.experts(
+            hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, bias_EJ, compute
+        )
+    if compute == "auto":
+        compute = choose_path(indices_TK.numel(), proj_in_EJH.shape[0], hidden_TH.dtype, device)
+    return PATHS[compute](hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, bias_EJ)
+
+
 class Experts(nn.Module):
     """E feed-forward networks: ``expert_e(x) = act(x A_e^T + a_e) D_e^T``; a is there if ``bias``.
 
@@ -96,30 +131,15 @@ class Experts(nn.Module):
         Raises:
             TypeError: hidden states and weights differ in dtype, outside autocast.
         """
-        proj_in: Tensor = getattr(self, self.input_name)
-        proj_out: Tensor = self.down_proj
         bias: Tensor | None = getattr(self, self.bias_name) if self.bias_name else None
+        proj_in, proj_out = getattr(self, self.input_name), self.down_proj
         if self.exchange is not None:  # DTensors, of which this rank holds its experts
             proj_in, proj_out = local_part(proj_in), local_part(proj_out)
             bias = None if bias is None else local_part(bias)
-        device = hidden_TH.device
-        if torch.is_autocast_enabled(device.type) and hidden_TH.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device.type)
-            hidden_TH, proj_in, proj_out = hidden_TH.to(dtype), proj_in.to(dtype), proj_out.to(dtype)
-            bias = bias.to(dtype) if bias is not None else None
-        if hidden_TH.dtype != proj_in.dtype:
-            raise TypeError(
-                f"hidden states are {hidden_TH.dtype} and the experts {proj_in.dtype}: convert one of them "
-                "(`.to(dtype)`), or run under torch.autocast"
-            )
-        if self.exchange is not None:
-            return self.exchange.experts(
-                hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias, self.compute
-            )
-        name = self.compute
-        if name == "auto":
-            name = choose_path(indices_TK.numel(), self.dim, hidden_TH.dtype, device)
-        return PATHS[name](hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias)
+        how = {"compute": self.compute, "exchange": self.exchange}
+        return apply_experts(
+            hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias, **how
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -9,32 +9,49 @@ from __future__ import annotations
 
 import torch
 
+from monge.moe.compute.gemv import gemv
 from monge.moe.compute.grouped_mm import grouped
 from monge.moe.compute.loop import loop
 from monge.moe.compute.operator import ComputePath
+from monge.moe.compute.precision import product_dtype
 from monge.moe.compute.sorted import sorted_by_expert
 
-PATHS: dict[str, ComputePath] = {"loop": loop, "sorted": sorted_by_expert, "grouped_mm": grouped}
+PATHS: dict[str, ComputePath] = {
+    "loop": loop,
+    "sorted": sorted_by_expert,
+    "gemv": gemv,
+    "grouped_mm": grouped,
+}
 
-SMALL_GATHER = 2 * 2**20  # bytes
+# CPU: rows per expert, on average, up to which `gemv` is at least as fast as `sorted`, from
+# `python -m benchmarks.moe_paths --cpu-time`: 0.4 to 0.8 of its time below, 0.8 to 1.1 at 64 rows.
+FEW_ROWS = {torch.float32: 48, torch.bfloat16: 48, torch.float64: 48}
+FEW_ROWS_UNITS = (
+    4  # bfloat16 with units for it: decoding alone, where reading the weights is all; not measured
+)
 
 
-def choose_path(num_slots: int, dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What `auto` stands for: a fixed table by shape, dtype and device (benchmarks/moe_paths.py).
+def choose_path(num_slots: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What `auto` stands for: a fixed table by shape, dtype and device.
 
-    On the CPU `grouped_mm` spares the Python of one call per expert, but it gathers the rows of all experts
-    at once; `sorted` gathers those of one, which stay in the cache. The first is up to 20% faster while all
-    rows fit into `SMALL_GATHER`, the second by as much when they do not, and in float64, for which torch has
-    no kernel. On an accelerator `grouped_mm` reads nothing back, where torch has a kernel for it: bfloat16 on
-    CUDA.
+    | device, dtype | rows per expert, T K / E | path |
+    |---|---|---|
+    | CPU: float32, float64, bfloat16 without units | up to 48 | `gemv` |
+    | CPU: bfloat16 with units (AVX512-BF16, AMX) | up to 4 | `gemv` |
+    | CPU, more rows or another dtype | any | `sorted` |
+    | CUDA, bfloat16: torch has a kernel | any | `grouped_mm` |
+    | other | any | `sorted` |
 
     Args:
-        num_slots: T K. dim: H.
+        num_slots: T K. num_experts: E.
     """
     if device.type != "cpu":
+        # nothing is read back from the device
         return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 else "sorted"
-    small = num_slots * dim * dtype.itemsize <= SMALL_GATHER
-    return "grouped_mm" if small and dtype != torch.float64 else "sorted"
+    few = FEW_ROWS.get(dtype, 0)
+    if dtype == torch.bfloat16 and product_dtype(dtype, device) == dtype:
+        few = FEW_ROWS_UNITS
+    return "gemv" if num_slots <= few * num_experts else "sorted"
 
 
 __all__ = ["PATHS", "ComputePath", "choose_path"]

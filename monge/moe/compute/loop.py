@@ -70,7 +70,8 @@ def _backward(
     grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ = (g.zero_() for g in grads)
     slots_TKH = grad_TH.new_zeros((*indices_TK.shape, grad_TH.shape[1]), dtype=sum_dtype(grad_TH, weights_TK))
     for e, tokens, slots, rows_e in _chosen(indices_TK):
-        grad_rows, grad_gates = expert_backward(
+        rows_nH = grad_TH.new_empty((len(tokens), grad_TH.shape[1])) if needs[0] else None
+        grad_gates = expert_backward(
             act,
             grad_TH[tokens],
             hidden_TH[tokens] if hidden_TH is not None else None,
@@ -81,10 +82,10 @@ def _backward(
             grad_in_EJH[e] if needs[2] else None,
             grad_out_EHI[e] if needs[3] else None,
             grad_bias_EJ[e] if needs[4] else None,
-            needs[0],
+            rows_nH,
         )
-        if grad_rows is not None:
-            slots_TKH[tokens, slots] = grad_rows.to(slots_TKH.dtype)
+        if rows_nH is not None:
+            slots_TKH[tokens, slots] = rows_nH.to(slots_TKH.dtype)
         if needs[1]:
             grad_weights_TK[tokens, slots] = grad_gates.to(grad_weights_TK.dtype)
     if needs[0]:

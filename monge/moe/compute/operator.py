@@ -119,9 +119,14 @@ def differentiable(
 
 
 def empty_gradients(
-    grad: Tensor, weights: Tensor, proj_in: Tensor, proj_out: Tensor, needs: Sequence[bool]
+    grad: Tensor,
+    weights: Tensor,
+    proj_in: Tensor,
+    proj_out: Tensor,
+    needs: Sequence[bool],
+    new: Callable[[Tensor, Sequence[int]], Tensor] = Tensor.new_empty,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised gradients of hidden, weights, proj_in, proj_out and bias; empty where none is needed."""
     like = (grad, weights, proj_in, proj_out, proj_in[:, :, 0])
-    hidden, gates, a, d, bias = (x.new_empty(x.shape) if n else x.new_empty(0) for x, n in zip(like, needs))
+    hidden, gates, a, d, bias = (new(x, x.shape if n else (0,)) for x, n in zip(like, needs))
     return hidden, gates, a, d, bias

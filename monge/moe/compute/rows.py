@@ -1,5 +1,8 @@
 """One expert on the rows it received: what `loop` and `sorted` do for every expert.
 
+Hidden states and projections have one dtype, in which the products run; what is kept for the backward and the
+gradients of the projections may have a narrower one (precision.py).
+
 Shapes: n rows of this expert, H model width, I expert width, J = 2 I (gated) or I.
 """
 
@@ -11,6 +14,15 @@ from torch import Tensor, mm
 from monge.moe.activations import Activation
 
 
+def mm_into(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, written to ``out`` if there is one, in its dtype; the result in the dtype of the factors."""
+    if out is None or out.dtype == a.dtype:
+        return mm(a, b, out=out)
+    product = mm(a, b)
+    out.copy_(product)
+    return product
+
+
 def expert_forward(
     activation: Activation,
     hidden_nH: Tensor,
@@ -18,12 +30,17 @@ def expert_forward(
     proj_out_HI: Tensor,
     bias_J: Tensor | None,
     pre_nJ: Tensor | None,
+    out_nH: Tensor | None = None,
 ) -> Tensor:
-    """(n, H); the pre-activations are written to ``pre_nJ`` when there is one."""
-    pre_nJ = mm(hidden_nH, proj_in_JH.t(), out=pre_nJ)
+    """(n, H), written to ``out_nH`` too; the pre-activations are written to ``pre_nJ``."""
+    # a bias is added before the pre-activations are rounded
+    same = pre_nJ is not None and pre_nJ.dtype == hidden_nH.dtype
+    sums_nJ = mm(hidden_nH, proj_in_JH.t(), out=pre_nJ if same else None)
     if bias_J is not None:
-        pre_nJ += bias_J
-    return mm(activation.forward(pre_nJ), proj_out_HI.t())
+        sums_nJ += bias_J
+    if pre_nJ is not None and not same:
+        pre_nJ.copy_(sums_nJ)
+    return mm_into(out_nH, activation.forward(sums_nJ), proj_out_HI.t())
 
 
 def expert_backward(
@@ -37,20 +54,24 @@ def expert_backward(
     grad_in_JH: Tensor | None,
     grad_out_HI: Tensor | None,
     grad_bias_J: Tensor | None,
-    needs_hidden: bool = True,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of sum_n weights_n <grad_n, expert(hidden_n)> for the rows (n, H) and the weights (n,).
+    grad_hidden_nH: Tensor | None,
+) -> Tensor:
+    """Gradients of sum_n weights_n <grad_n, expert(hidden_n)>; returns that of the weights, (n,).
 
-    Those of the projections and the bias are written to ``grad_in_JH``, ``grad_out_HI`` and ``grad_bias_J``
-    when there are any. The output y = act Wd^T is not needed: <grad, y> = <grad Wd, act>.
+    Those of the projections, the bias and the rows are written to the other ``grad_`` arguments where there
+    are any. The output y = act Wd^T is not needed: <grad, y> = <grad Wd, act>.
     """
     grad_act_nI = mm(grad_nH, proj_out_HI)
-    grad_weights_n1, weighted_nI, grad_pre_nJ = activation.backward(grad_act_nI, weights_n[:, None], pre_nJ)
+    grad_weights_n1, weighted_nI, grad_pre_nJ = activation.backward(
+        grad_act_nI, weights_n[:, None], pre_nJ.to(grad_nH.dtype)
+    )
     if grad_out_HI is not None:
-        mm(grad_nH.t(), weighted_nI, out=grad_out_HI)
+        mm_into(grad_out_HI, grad_nH.t(), weighted_nI)
     if grad_in_JH is not None:
         assert hidden_nH is not None
-        mm(grad_pre_nJ.t(), hidden_nH, out=grad_in_JH)
+        mm_into(grad_in_JH, grad_pre_nJ.t(), hidden_nH)
     if grad_bias_J is not None:
-        torch.sum(grad_pre_nJ, dim=0, out=grad_bias_J)
-    return (mm(grad_pre_nJ, proj_in_JH) if needs_hidden else None), grad_weights_n1.squeeze(1)
+        grad_bias_J.copy_(torch.sum(grad_pre_nJ, dim=0))
+    if grad_hidden_nH is not None:
+        mm_into(grad_hidden_nH, grad_pre_nJ, proj_in_JH)
+    return grad_weights_n1.squeeze(1)

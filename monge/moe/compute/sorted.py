@@ -1,33 +1,48 @@
 """`sorted`: sort the slots by expert once, then run every expert on its contiguous rows.
 
-One stable sort of T K small integers, one matrix product per expert and projection, and a gather-and-sum
-back. The rows of one expert are gathered just before they are used, so no (N, H) copy of the hidden states is
-made.
+One stable sort of T K small integers and one matrix product per expert and projection. The rows of one expert
+are gathered just before they are used and summed into their tokens soon after, so there is no (N, H) copy of
+the hidden states, and on the CPU none of the outputs.
 
 Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) or I, R rows: operator.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from monge.moe.activations import ACTIVATIONS
+from monge.moe.compute.memory import empty
 from monge.moe.compute.operator import differentiable, empty_gradients, sum_dtype
+from monge.moe.compute.precision import matrices, product_dtype
 from monge.moe.compute.rows import expert_backward, expert_forward
-from monge.moe.dispatch import Slots, combine, sort_slots
+from monge.moe.compute.slot_sum import SlotSum
+from monge.moe.dispatch import Slots, sort_slots
 
 
 def _segments(slots: Slots) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows), experts with no token included. Reads the counts from the device, once."""
-    start = 0
-    for e, count in enumerate(slots.counts_E.tolist()):
-        yield e, slice(start, start + count)
-        start += count
+    """(expert, its rows), experts with no token included. Reads the edges from the device, once."""
+    for e, edges in enumerate(itertools.pairwise(slots.starts_E1.tolist())):
+        yield e, slice(*edges)
 
 
-def _forward(
+def _gatherer(x_TX: Tensor, slots: Slots) -> Callable[[slice], Tensor]:
+    """A function from rows to the (n, X) of their tokens, in a buffer that lasts until the next call."""
+    largest = int(slots.counts_E.max()) if len(slots.tokens_R) else 0
+    buffer_nX = empty(x_TX, (largest, x_TX.shape[1]))
+
+    def gather(rows: slice) -> Tensor:
+        out_nX = buffer_nX[: rows.stop - rows.start]
+        return torch.index_select(x_TX, 0, slots.tokens_R[rows], out=out_nX)
+
+    return gather
+
+
+def forward(
     hidden_TH: Tensor,
     indices_TK: Tensor,
     weights_TK: Tensor,
@@ -38,22 +53,29 @@ def _forward(
     padded: bool,
     bias_EJ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """See `differentiable`."""
     act = ACTIVATIONS[activation]
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=padded)
-    R, H = len(slots.tokens_R), hidden_TH.shape[1]
-    pre_RJ = hidden_TH.new_empty((R if keep else 0, proj_in_EJH.shape[1]))
-    y_RH = hidden_TH.new_empty((R + 1, H), dtype=sum_dtype(hidden_TH, weights_TK))
-    y_RH[R] = 0
+    pre_RJ = empty(hidden_TH, (len(slots.tokens_R) if keep else 0, proj_in_EJH.shape[1]))
+    slot_sum = SlotSum(slots, hidden_TH, sum_dtype(hidden_TH, weights_TK), weights_TK)
+    dtype = product_dtype(hidden_TH.dtype, hidden_TH.device)
+    proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
+    hidden = _gatherer(hidden_TH.to(dtype), slots)
     for e, rows in _segments(slots):
         if rows.start < rows.stop:
-            pre = pre_RJ[rows] if keep else None
-            hidden_nH = hidden_TH.index_select(0, slots.tokens_R[rows])
-            bias_J = bias_EJ[e] if bias_EJ is not None else None
-            y_RH[rows] = expert_forward(act, hidden_nH, proj_in_EJH[e], proj_out_EHI[e], bias_J, pre)
-    return combine(y_RH, slots.rows_TK, weights_TK).to(hidden_TH.dtype), pre_RJ
+            expert_forward(
+                act,
+                hidden(rows),
+                proj_in(e),
+                proj_out(e),
+                bias_EJ[e] if bias_EJ is not None else None,
+                pre_RJ[rows] if keep else None,
+                slot_sum.place(rows),
+            )
+    return slot_sum.total(), pre_RJ
 
 
-def _backward(
+def backward(
     grad_TH: Tensor,
     hidden_TH: Tensor | None,
     indices_TK: Tensor,
@@ -64,16 +86,22 @@ def _backward(
     activation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `differentiable`."""
     act = ACTIVATIONS[activation]
-    grads = empty_gradients(grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, needs)
+    grads = empty_gradients(
+        grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, [False, needs[1], needs[2], needs[3], needs[4]], empty
+    )
     grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ = grads
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=len(pre_RJ) == indices_TK.numel())
-    R, H = len(slots.tokens_R), grad_TH.shape[1]
+    R = len(slots.tokens_R)
     weights_R = weights_TK.flatten()[slots.order_R]
     grad_weights_R = weights_R.new_empty(R + 1)
     grad_weights_R[R] = 0
-    dx_RH = grad_TH.new_empty((R + 1 if needs[0] else 0, H), dtype=sum_dtype(grad_TH, weights_TK))
-    dx_RH[R:] = 0
+    slot_sum = SlotSum(slots, grad_TH, sum_dtype(grad_TH, weights_TK)) if needs[0] else None
+    dtype = product_dtype(grad_TH.dtype, grad_TH.device)
+    proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
+    dy = _gatherer(grad_TH.to(dtype), slots)
+    hidden = _gatherer(hidden_TH.to(dtype), slots) if hidden_TH is not None else None
     for e, rows in _segments(slots):
         grad_in_JH = grad_in_EJH[e] if needs[2] else None
         grad_out_HI = grad_out_EHI[e] if needs[3] else None
@@ -83,27 +111,24 @@ def _backward(
                 if grad is not None:
                     grad.zero_()
             continue
-        tokens = slots.tokens_R[rows]
-        dx, grad_weights_R[rows] = expert_backward(
+        grad_weights_R[rows] = expert_backward(
             act,
-            grad_TH.index_select(0, tokens),
-            hidden_TH.index_select(0, tokens) if hidden_TH is not None else None,
+            dy(rows),
+            hidden(rows) if hidden is not None else None,
             weights_R[rows],
             pre_RJ[rows],
-            proj_in_EJH[e],
-            proj_out_EHI[e],
+            proj_in(e),
+            proj_out(e),
             grad_in_JH,
             grad_out_HI,
             grad_bias_J,
-            needs[0],
+            slot_sum.place(rows) if slot_sum is not None else None,
         )
-        if dx is not None:
-            dx_RH[rows] = dx
-    if needs[0]:
-        grad_hidden_TH = combine(dx_RH, slots.rows_TK).to(grad_TH.dtype)
+    if slot_sum is not None:
+        grad_hidden_TH = slot_sum.total()
     if needs[1]:
         grad_weights_TK = grad_weights_R[slots.rows_TK]
     return grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ
 
 
-sorted_by_expert = differentiable("sorted", _forward, _backward)
+sorted_by_expert = differentiable("sorted", forward, backward)

@@ -1,0 +1,109 @@
+"""What the compute paths do on the CPU: the table, few rows, threads, precision, buffers."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from path_cases import assert_same, formula, gradients, problem
+
+from monge.moe.compute import PATHS, choose_path, memory, precision
+
+PATH_NAMES = list(PATHS)
+
+
+def test_auto_is_a_fixed_table(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for units, rows in ((False, 48), (True, 4)):
+        monkeypatch.setattr(precision, "_has_units", lambda dtype, units=units: units)
+        assert choose_path(16 * rows, 16, torch.bfloat16, cpu) == "gemv"
+        assert choose_path(16 * rows + 1, 16, torch.bfloat16, cpu) == "sorted"
+        for dtype in (torch.float32, torch.float64):
+            assert choose_path(16 * 48, 16, dtype, cpu) == "gemv"
+            assert choose_path(16 * 48 + 1, 16, dtype, cpu) == "sorted"
+    assert choose_path(1, 16, torch.float16, cpu) == "sorted"
+    assert choose_path(4096, 16, torch.bfloat16, cuda) == "grouped_mm"
+    assert choose_path(4096, 16, torch.float32, cuda) == "sorted"
+
+
+@pytest.mark.parametrize("path", ["sorted", "gemv"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_units_products_are_float32(path, dtype, monkeypatch):
+    """One rounding, of the output: products in bfloat16 round four times."""
+    monkeypatch.setattr(precision, "_has_units", lambda dtype: False)
+    x, indices, w, a, d, act = problem(T=40, K=2, E=5, H=16, hidden=8, dtype=dtype)
+    exact = [v.detach().double().requires_grad_() for v in (x, w, a, d)]
+    high = gradients(formula, (exact[0], indices, *exact[1:], act))
+    low = gradients(PATHS[path], (x, indices, w, a, d, act))
+    assert [v.dtype for v in low] == [dtype, dtype, w.dtype, dtype, dtype]
+    error = (low[0].double() - high[0]).abs()
+    assert (error <= 0.51 * torch.finfo(dtype).eps * high[0].abs() + 1e-6).all()
+    for ours, theirs in zip(low[1:], high[1:]):  # the pre-activations are kept in ``dtype``
+        theirs = theirs * (indices >= 0) if theirs.shape == indices.shape else theirs
+        assert (ours.double() - theirs).norm() <= 0.005 * theirs.norm()
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+@pytest.mark.parametrize("T", [1, 2, 3, 9])
+def test_few_rows_at_odd_widths(path, T):
+    """The compiled loops take four rows of weights at once: every remainder, on 1 to 3 threads."""
+    for H, hidden, threads in ((1, 1, 1), (5, 3, 2), (6, 7, 3), (11, 2, 3), (8, 4, 2)):
+        torch.set_num_threads(threads)
+        for activation in ("swiglu", "gelu"):
+            args = problem(T, K=2, E=3, H=H, hidden=hidden, activation=activation, seed=H)
+            assert_same(gradients(PATHS[path], args), gradients(formula, args), args[1])
+
+
+def test_threads_change_no_bit(monkeypatch):
+    monkeypatch.setattr(sys.modules["monge.moe.compute.gemv"], "ALONE", 0)
+    args = problem(T=13, K=3, E=7, H=36, hidden=22, dtype=torch.float32)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(PATHS["gemv"](*args))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+def test_inputs_need_not_be_contiguous(path):
+    x, indices, w, a, d, act = problem(T=7, K=2, E=4, H=6, hidden=5)
+    expected = gradients(PATHS[path], (x, indices, w, a, d, act))
+    turned = [v.detach().mT.contiguous().mT.requires_grad_() for v in (x, w, a, d)]
+    assert not any(v.is_contiguous() for v in turned)
+    ours = gradients(PATHS[path], (turned[0], indices.T.contiguous().T, *turned[1:], act))
+    assert_same(ours, expected, indices)
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+def test_an_expert_that_is_not_there_is_an_error(path):
+    x, indices, w, a, d, act = problem(T=3, K=2, E=4, empty=0)
+    indices[1, 1] = 4
+    with pytest.raises((IndexError, RuntimeError)):
+        PATHS[path](x, indices, w, a, d, act)
+
+
+def test_large_buffers_look_like_torch_ones():
+    like = torch.ones(1, dtype=torch.bfloat16)
+    for shape, dtype in (
+        ((3, 2**20), None),
+        ((2**21,), torch.float32),
+        ((3, 4), None),
+        ((0, 5), torch.float64),
+    ):
+        buffer = memory.empty(like, shape, dtype)
+        assert buffer.shape == torch.Size(shape)
+        assert buffer.dtype == (dtype or torch.bfloat16)
+        assert buffer.is_contiguous()
+        assert (buffer.fill_(2) == 2).all()
+
+
+def test_rows_are_summed_whatever_the_chunk(monkeypatch):
+    """A buffer of one expert's rows, of some and of all: the same sums in the same order."""
+    args = problem(T=31, K=3, E=6, H=16, hidden=4)
+    expected = gradients(PATHS["sorted"], args)
+    for chunk in (1, 2000):
+        monkeypatch.setattr(sys.modules["monge.moe.compute.slot_sum"], "CHUNK", chunk)
+        for a, b in zip(gradients(PATHS["sorted"], args), expected):
+            assert torch.equal(a, b)

@@ -1,0 +1,97 @@
+"""What the benchmarks compute from their timings: ratios of two files, fitted exponents, interleaving."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
+
+from benchmarks import compare, moe_growth
+from benchmarks.moe_dense import THEIRS, candidates
+from benchmarks.timing import interleave, peak_bytes
+
+OLD = [
+    {"case": "a", "T": 1, "ms": {"ours": 2.0, "theirs": 8}, "ratio": 4.0},
+    {"case": "a", "T": 2, "ms": {"ours": 3.0}, "ratio": 0.0},
+    {"case": "b", "T": 1, "ratio": 7.0},
+]
+NEW = [
+    {"case": "a", "T": 2, "ms": {"ours": 6.0}, "ratio": 1.0},
+    {"case": "a", "T": 1, "ms": {"ours": 1.0, "theirs": 8}, "ratio": 8.0},
+    {"case": "c", "T": 1, "ratio": 7.0},
+]
+
+
+def test_ratios_pair_rows_by_what_they_are():
+    assert compare.ratios(OLD, NEW) == {
+        "a, T=2: ms, ours": 2.0,  # its ratio was 0: nothing to divide by
+        "a, T=1: ms, ours": 0.5,
+        "a, T=1: ms, theirs": 1.0,
+        "a, T=1: ratio": 2.0,
+    }
+
+
+def test_equal_rows_pair_by_their_order():
+    rows = [{"case": "a", "ratio": 1.0}, {"case": "a", "ratio": 2.0}]
+    assert compare.ratios(rows, rows[::-1]) == {"a: ratio": 2.0, "a #2: ratio": 0.5}
+
+
+def test_compare_prints_ratios_and_names_another_machine(tmp_path, monkeypatch, capsys):
+    for name, rows, cores in (("old", OLD, 2), ("new", NEW, 4)):
+        (tmp_path / name).write_text(json.dumps({"machine": {"cores": cores}, "rows": rows}))
+    monkeypatch.setattr(
+        sys, "argv", ["compare", str(tmp_path / "old"), str(tmp_path / "new"), "--beyond", ".6"]
+    )
+    compare.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "note: cores was 2 and is 4",
+        "   2.000  a, T=2: ms, ours",
+        "   2.000  a, T=1: ratio",
+        "4 figures in both, of 6 and 6",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}'])
+def test_compare_refuses_other_files(tmp_path, text):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(SystemExit, match="is not a file of benchmark rows"):
+        compare.load(str(tmp_path / "x"))
+
+
+def test_exponents_of_a_power_and_of_a_cliff():
+    sizes = [1, 2, 4, 8]
+    fitted, steepest = moe_growth.exponents(sizes, [5.0 * s**1.5 for s in sizes])
+    assert fitted == pytest.approx(1.5)
+    assert steepest == pytest.approx(1.5)
+    assert moe_growth.exponents(sizes, [1.0, 2.0, 4.0, 64.0])[1] == pytest.approx(4.0)
+
+
+def test_interleave_takes_the_clock_it_is_given():
+    ticks = itertools.count()
+    seconds = interleave({"a": lambda: None}, repeats=3, warmup=0, clock=lambda: float(next(ticks)))
+    assert seconds == {"a": 1.0}
+
+
+def test_peak_counts_what_a_call_holds():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("Linux only")
+    assert peak_bytes(lambda: torch.ones(2**24)) >= 0.9 * 2**26
+    assert peak_bytes(lambda: None) < 2**24
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_candidates_beside_the_dense_ffn_do_the_same_work(backward):
+    pytest.importorskip("transformers")
+    runs = candidates(16, 8, 4, 2, 6, torch.float32, 32, backward=backward)
+    assert set(runs) == {"dense", "monge", *(f"transformers {name}" for name in THEIRS)}
+    results = {name: run() for name, run in runs.items() if name != "dense"}
+    ours = results.pop("monge")
+    for theirs in results.values():
+        for a, b in zip(ours, theirs) if backward else [(ours, theirs)]:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
