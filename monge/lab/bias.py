@@ -21,9 +21,9 @@ from monge.routing import aux_loss, training_routes
 
 def bias_figures(model: nn.Module, batch: Examples, config: ExperimentConfig) -> dict[str, Any]:
     """``bias_gap``: mean bias of the experts favoured at the start less that of the others, where it ends (it
-    started at ``router_bias``). ``bias_gradient``: norm of the gradient of the training loss to the bias on one
-    batch, routed as in training (SSR: a transport step), auxiliary losses included. Means over layers; None
-    without such a bias.
+    started at ``router_bias``). ``bias_gradient``: norm of the gradient of the training loss to the bias on
+    one batch, routed as in training (SSR: a transport step), auxiliary losses included. Means over layers;
+    None without such a bias.
     """
     biases: list[Any] = [layer.router.bias for layer in moe_layers(model).values()]
     if not config.router_bias or not biases:

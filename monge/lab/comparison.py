@@ -35,9 +35,9 @@ def compare(config: ExperimentConfig, out: Path, *, observer: Observer | None = 
 
     For every seed and router: transformers' tiny Llama (for a `VisionConfig` its ViT) with its feed-forward
     layers replaced by `monge.MoE`, the same initial weights and the same data in the same order,
-    ``config.steps`` steps, then the measurements of `monge.lab.evaluation.evaluate`. ``out`` receives ``config.json``, ``tokenizer.json`` (text),
-    ``records.jsonl`` and ``summary.json``. The same call goes on after an interruption at any moment, with
-    bit-identical results at the same number of threads.
+    ``config.steps`` steps, then the measurements of `monge.lab.evaluation.evaluate`. ``out`` receives
+    ``config.json``, ``tokenizer.json`` (text), ``records.jsonl`` and ``summary.json``. The same call goes on
+    after an interruption at any moment, with bit-identical results at the same number of threads.
 
     Args:
         config: all that decides the figures: a `CompareConfig` (text) or `VisionConfig` (images).

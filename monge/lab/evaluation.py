@@ -44,13 +44,13 @@ def evaluate(model: nn.Module, data: Data, config: ExperimentConfig) -> dict[str
     """The fields of an ``eval`` record that the trained model decides.
 
     ``val_loss`` routes token by token as the router does in evaluation mode (stored prices included where it
-    has any) and drops nothing; ``val_loss_own`` as the method itself routes: MaxScore with its prices, routers
-    that look at the batch, and layers with a capacity, as in training, the others the same as ``val_loss``.
-    ``val_loss_cf1`` and ``val_loss_cf125`` are the former with a static capacity of 1 and 1.25 times an equal
-    share per batch, ``val_loss_own_cf1`` and ``val_loss_own_cf125`` the latter. ``max_violation`` (largest over
-    mean load, minus 1; mean over layers) and ``dead_experts`` (in all layers) count the slots of the whole set.
-    ``specialisation`` is the mutual information of expert and domain, None where there is one domain.
-    Fields about routing are None for a dense model.
+    has any) and drops nothing; ``val_loss_own`` as the method itself routes: MaxScore with its prices,
+    routers that look at the batch, and layers with a capacity, as in training, the others the same as
+    ``val_loss``. ``val_loss_cf1`` and ``val_loss_cf125`` are the former with a static capacity of 1 and 1.25
+    times an equal share per batch, ``val_loss_own_cf1`` and ``val_loss_own_cf125`` the latter.
+    ``max_violation`` (largest over mean load, minus 1; mean over layers) and ``dead_experts`` (in all layers)
+    count the slots of the whole set. ``specialisation`` is the mutual information of expert and domain, None
+    where there is one domain. Fields about routing are None for a dense model.
     """
     by_domain, loads_DLE = _by_domain(model, data.val, config)
     loss = sum(mean * count for mean, count in by_domain.values()) / len(data.val)

@@ -1,7 +1,8 @@
 """Corrupted images, each kind at three strengths, and the accuracy of a classifier under them.
 
-Strengths are in units of the pixel range (noise, contrast, salt) or of the side of the image (blur, occlusion,
-shift), so that they mean the same at every size. The same seed corrupts the images of every model alike.
+Strengths are in units of the pixel range (noise, contrast, salt) or of the side of the image (blur,
+occlusion, shift), so that they mean the same at every size. The same seed corrupts the images of every model
+alike.
 
 Shapes: N images, C channels, H and W pixels in [0, 1].
 """
@@ -52,9 +53,7 @@ def occlusion(images_NCHW: Tensor, strength: float, generator: torch.Generator) 
     extent = max(1, round(strength * side))
     corner_N2 = torch.randint(side - extent + 1, (count, 2), generator=generator)
     pixels = torch.arange(side)
-    inside = [
-        (pixels >= corner_N2[:, d, None]) & (pixels < corner_N2[:, d, None] + extent) for d in (0, 1)
-    ]
+    inside = [(pixels >= corner_N2[:, d, None]) & (pixels < corner_N2[:, d, None] + extent) for d in (0, 1)]
     covered_N1HW = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
     return torch.where(covered_N1HW, images_NCHW.mean(dim=(1, 2, 3), keepdim=True), images_NCHW)
 
@@ -107,7 +106,8 @@ def accuracies(
     normalise: Callable[[Tensor], Tensor],
     config: ExperimentConfig,
 ) -> tuple[float, dict[str, dict[str, float]]]:
-    """Share of the images whose class is the model's first choice: as they are, and corruption by corruption."""
+    """Share of the images whose class is the model's first choice: as they are, and corruption by
+    corruption."""
 
     def accuracy(batch_NCHW: Tensor) -> float:
         hits = 0

@@ -1,7 +1,7 @@
 """Images with their classes: scikit-learn's digits, idx files (MNIST's format), or a folder by class.
 
-Pixels are scaled to [0, 1]; models get them less their mean, over their standard deviation, both of the training
-images. Nothing is downloaded.
+Pixels are scaled to [0, 1]; models get them less their mean, over their standard deviation, both of the
+training images. Nothing is downloaded.
 
 Shapes: N images, C channels, H and W pixels.
 """
@@ -118,8 +118,8 @@ class Images:
         }
 
     def robustness(self, model: nn.Module, config: ExperimentConfig) -> dict[str, Any]:
-        """``accuracy``, of the validation images as they are; ``corrupted``: under every corruption and strength;
-        ``accuracy_corrupted``, the mean of those."""
+        """``accuracy``, of the validation images as they are; ``corrupted``: under every corruption and
+        strength; ``accuracy_corrupted``, the mean of those."""
         clean, corrupted = accuracies(model, self.val_NCHW, self.val_N, self.normalised, config)
         values = [value for by_strength in corrupted.values() for value in by_strength.values()]
         return {
@@ -194,8 +194,9 @@ def _folder(root: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
         for path in files:
             try:
                 with Image.open(path) as image:
-                    image = image.convert("RGB")
-                    pixels = image.resize((size, size), Image.Resampling.BILINEAR) if size else image
+                    pixels = image.convert("RGB")
+                    if size:
+                        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
                     values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
                     pictures.append(values.view(pixels.height, pixels.width, 3))
             except OSError as error:
@@ -210,7 +211,9 @@ def _folder(root: Path, size: int) -> tuple[Tensor, Tensor, list[str]]:
 def _idx(patterns: Sequence[str]) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     """Images (three dimensions) and labels (one) of the same length in pairs; a second pair is validation."""
     names = [name for pattern in patterns for name in sorted(glob.glob(os.path.expanduser(pattern)))]
-    names = [str(p) for n in names for p in (sorted(Path(n).glob("*ubyte*")) if Path(n).is_dir() else [Path(n)])]
+    names = [
+        str(p) for n in names for p in (sorted(Path(n).glob("*ubyte*")) if Path(n).is_dir() else [Path(n)])
+    ]
     if not names:
         raise ValueError(f"images {' '.join(patterns)!r} match no file. {_REMEDY}")
     arrays = [(name, read_idx(Path(name))) for name in names]
@@ -221,7 +224,9 @@ def _idx(patterns: Sequence[str]) -> tuple[list[tuple[Tensor, Tensor]], list[str
         mates = [other for other, array_N in labels.items() if len(array_N) == len(array)]
         mates = [m for m in mates if os.path.basename(m)[:5] == os.path.basename(name)[:5]] or mates
         if len(mates) != 1:
-            raise ValueError(f"{name} has {len(array)} images, and {len(mates)} label files fit it. {_REMEDY}")
+            raise ValueError(
+                f"{name} has {len(array)} images, and {len(mates)} label files fit it. {_REMEDY}"
+            )
         pairs.append((array.float()[:, None] / 255, labels[mates[0]].long()))
     pairs.sort(key=lambda pair: -len(pair[1]))  # the training part is the larger
     if not 1 <= len(pairs) <= 2:
@@ -251,5 +256,7 @@ def read_idx(path: Path) -> Tensor:
 def _scaled(images_NCHW: Tensor, size: int) -> Tensor:
     if images_NCHW.shape[2:] == (size, size):
         return images_NCHW
-    scaled = F.interpolate(images_NCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    scaled = F.interpolate(
+        images_NCHW, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     return scaled.clamp(0, 1)

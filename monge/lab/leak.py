@@ -43,8 +43,8 @@ def leak_of(model: nn.Module, batches: Sequence[Tensor], *, halved: int = 1) -> 
 
 @torch.no_grad()
 def leak_kl_of(model: nn.Module, batches: Sequence[Tensor], *, halved: int = 1) -> float:
-    """KL divergence (nats per output) of what the model predicts in the first halves, as in training, from the
-    same with the second halves replaced.
+    """KL divergence (nats per output) of what the model predicts in the first halves, as in training, from
+    the same with the second halves replaced.
 
     Attention does not let one half see the other, so without leak this is rounding. In a model of several
     layers a route that changes also changes what later routers see.
@@ -55,7 +55,8 @@ def leak_kl_of(model: nn.Module, batches: Sequence[Tensor], *, halved: int = 1) 
     with evaluation_mode(model), training_routes(model):
         for first, second in _pairs(batches):
             log_p, log_q = (
-                _front(_log_probs(model, inputs), halved) for inputs in (first, _spliced(first, second, halved))
+                _front(_log_probs(model, inputs), halved)
+                for inputs in (first, _spliced(first, second, halved))
             )
             kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
             divergences.append(kl.mean().cpu())

@@ -40,7 +40,8 @@ def build_model(
 ) -> nn.Module:
     """A model whose MLPs route by `router`, or the dense baseline for ``"dense"``.
 
-    A `LlamaForCausalLM`, or for ``images`` a `ViTForImageClassification`. Random state is left as it was found.
+    A `LlamaForCausalLM`, or for ``images`` a `ViTForImageClassification`. Random state is left as it was
+    found.
 
     Raises:
         ValueError: the router cannot be made with these options.
@@ -57,7 +58,8 @@ def build_model(
 
 
 def router_options(spec: RouterSpec, config: ExperimentConfig) -> dict[str, Any]:
-    """The options of a router that differ from its defaults: the experiment's, and over them the spelled ones.
+    """The options of a router that differ from its defaults: the experiment's, and over them the spelled
+    ones.
 
     Raises:
         ValueError: the router has no such option.
@@ -129,8 +131,10 @@ def _moe(spec: RouterSpec, config: ExperimentConfig, layer: int, seed: int, acti
     except (TypeError, ValueError) as error:
         raise ValueError(f"routers: {spec.text!r} cannot be made: {error}") from error
     if config.router_bias:
+        bias = moe.router.bias
+        assert bias is not None
         with torch.no_grad():
-            moe.router.bias[: config.biased_experts] = config.router_bias
+            bias[: config.biased_experts] = config.router_bias
     return moe
 
 

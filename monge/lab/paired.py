@@ -1,7 +1,7 @@
 """Differences between two routers, seed by seed, and their confidence interval.
 
-Both runs of a seed share initial weights and data order, so most of what a seed does to the loss cancels in the
-difference. With n seeds the interval is ``mean ± t sd / sqrt(n)``, t of Student's distribution with n - 1
+Both runs of a seed share initial weights and data order, so most of what a seed does to the loss cancels in
+the difference. With n seeds the interval is ``mean ± t sd / sqrt(n)``, t of Student's distribution with n - 1
 degrees of freedom: 4.30 for three seeds at 95 %.
 """
 

@@ -53,7 +53,17 @@ PRESETS: dict[str, ExperimentConfig] = {
         eval_every=100,
     ),
     "vision": VisionConfig(
-        routers=(DENSE, "topk", "switch", "lossfree", "ssr", "ssr:p=1", "ssr:carry=True", "maxscore", "prices"),
+        routers=(
+            DENSE,
+            "topk",
+            "switch",
+            "lossfree",
+            "ssr",
+            "ssr:p=1",
+            "ssr:carry=True",
+            "maxscore",
+            "prices",
+        ),
         width=64,
         batch=64,
         lr=2e-3,
@@ -64,6 +74,6 @@ PRESETS: dict[str, ExperimentConfig] = {
 """The presets by name.
 
 quick: routers on real text within minutes. stress: experts made unequal on purpose by a router bias
-(synthetic). natural: the same routers left to themselves, longer, on several kinds of text. papers: the routers
-of the papers beside their baselines. vision: image classifiers.
+(synthetic). natural: the same routers left to themselves, longer, on several kinds of text. papers: the
+routers of the papers beside their baselines. vision: image classifiers.
 """

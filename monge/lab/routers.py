@@ -1,8 +1,8 @@
 """How a router is spelled: a name, and after a colon options that differ from its defaults.
 
-    ssr                     the defaults
-    ssr:p=0.05,carry=True   options, as its class names them (`monge.routing.make_router`)
-    switch:capacity_factor=1.0   of the layer, where the router has no such option: slots beyond it are dropped
+ssr                          the defaults
+ssr:p=0.05,carry=True        options, as its class names them (`monge.routing.make_router`)
+switch:capacity_factor=1.0   of the layer, where the router has no such option: it drops what is beyond
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 def mutual_information(loads_DLE: Tensor) -> float:
-    """``sum_de p_de ln(p_de / (p_d p_e))`` in nats, mean over layers; 0: an expert tells nothing of the domain.
+    """``sum_de p_de ln(p_de / (p_d p_e))`` in nats, mean over layers; 0: an expert tells nothing of the
+    domain.
 
-    At most ln D, where every expert serves one domain. A plug-in estimate: from few slots it is biased upwards,
-    by about (D - 1)(E - 1) / (2 slots).
+    At most ln D, where every expert serves one domain. A plug-in estimate: from few slots it is biased
+    upwards, by about (D - 1)(E - 1) / (2 slots).
 
     Args:
         loads_DLE: slots of every expert by domain.

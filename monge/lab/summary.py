@@ -34,14 +34,12 @@ AVERAGED = (
 OF_IMAGES = ("accuracy", "accuracy_corrupted")
 
 
-def summarise(
-    records: Records, config: ExperimentConfig, tokens_per_example: int
-) -> list[dict[str, Any]]:
+def summarise(records: Records, config: ExperimentConfig, tokens_per_example: int) -> list[dict[str, Any]]:
     """One row per router that has finished a run, in the order of the configuration.
 
     Means over the seeds of the fields of `monge.lab.evaluation.evaluate`; ``val_loss_mean``, ``val_loss_std``
-    (of the sample; None for one seed) and ``val_loss_own_mean``; of images ``accuracy_std`` too. ``minus``: the
-    paired difference of the validation loss (``mean`` and 95 % interval ``low``, ``high``, see
+    (of the sample; None for one seed) and ``val_loss_own_mean``; of images ``accuracy_std`` too. ``minus``:
+    the paired difference of the validation loss (``mean`` and 95 % interval ``low``, ``high``, see
     `monge.lab.paired`) to every other router, None with fewer than two common seeds; ``accuracy_minus``: the
     same of the accuracy, in images. ``synthetic``: whether the experts were made unequal on purpose. Fields
     about routing are None for the dense baseline.

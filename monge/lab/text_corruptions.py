@@ -2,8 +2,8 @@
 
 A share of a window is replaced by random tokens, or of its words exchanged with their neighbours. The loss is
 counted on targets that the corruption left in place, and compared with the loss of the same targets in intact
-text, so the corrupted tokens themselves, which nothing could predict, do not count. The same seed corrupts the
-windows of every model alike.
+text, so the corrupted tokens themselves, which nothing could predict, do not count. The same seed corrupts
+the windows of every model alike.
 
 Shapes: N windows, S context; a window has S + 1 tokens.
 """

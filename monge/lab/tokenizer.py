@@ -191,7 +191,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], quota: int) -> list[int]
 
 
 def _windows(parts: Sequence[Sequence[int]], context: int, what: str) -> tuple[Tensor, Tensor]:
-    """(N, S + 1): each part cut into windows that overlap by the one token to be predicted last; (N,) parts."""
+    """(N, S + 1): each part cut into windows that overlap by the one token to be predicted last; (N,)
+    parts."""
     windows = {
         part: torch.tensor(tokens).unfold(0, context + 1, context)
         for part, tokens in enumerate(parts)

@@ -1,7 +1,7 @@
 """Text that Debian packages hold: dict-wn (WordNet as a dictionary) and anarchism (essays, as HTML).
 
-What is not plain text is decoded by the end of its name: ``.dz`` and ``.gz`` are decompressed, of ``.html`` and
-``.htm`` the text between the tags is kept. Sizes and positions of spans count decoded bytes.
+What is not plain text is decoded by the end of its name: ``.dz`` and ``.gz`` are decompressed, of ``.html``
+and ``.htm`` the text between the tags is kept. Sizes and positions of spans count decoded bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ PACKED = (".dz", ".gz")
 MARKED_UP = (".html", ".htm")
 
 # What ends a line of text in HTML, and what holds none.
-_BLOCKS = frozenset("p br div li tr h1 h2 h3 h4 h5 h6 blockquote pre table ul ol title dt dd hr".split())
+_BLOCKS = frozenset(
+    (
+        "p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "pre", "table", "ul",
+        "ol", "title", "dt", "dd", "hr",
+    )
+)  # fmt: skip
 _SILENT = frozenset(("script", "style"))
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from monge.workspace.packaged import (
@@ -36,7 +37,8 @@ VALIDATION_STRIDE = 10  # every tenth file, in the order of their names, is vali
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes [start, stop) of a file's (decoded) text; `name` does not depend on where the corpus is installed."""
+    """Bytes [start, stop) of a file's (decoded) text; `name` does not depend on where the corpus is
+    installed."""
 
     path: Path
     name: str
@@ -192,9 +194,7 @@ def _size(path: Path) -> int:
 def _parts(span: Span) -> list[Span]:
     """A long file as consecutive parts."""
     cuts = [span.size * i // PARTS for i in range(PARTS + 1)]
-    parts = (
-        Span(span.path, f"{span.name}#{i:02d}", a, b) for i, (a, b) in enumerate(zip(cuts, cuts[1:]))
-    )
+    parts = (Span(span.path, f"{span.name}#{i:02d}", a, b) for i, (a, b) in enumerate(pairwise(cuts)))
     return [part for part in parts if part.size]
 
 
