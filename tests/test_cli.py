@@ -175,7 +175,7 @@ def test_report_draws_again(tmp_path, capsys):
         ("compare --preset quik", "Did you mean 'quick'?"),
         ("compare --preset", "there is no preset ''"),
         ("compare --routers topk nosuch --out {out}", "'nosuch'"),
-        ("compare --routers ssr:p --out {out}", "'p' in 'ssr:p' is not of the form OPTION=VALUE"),
+        ("compare --routers ssr:p --out {out}", "'ssr:p'"),
         ("compare --routers ssr:q=1 --out {out}", "'ssr' has no option 'q'"),
         ("compare --images {out}/none --out {out}/x", "match no file"),
         ("compare --preset vision --text a.txt", "--text"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from monge.viz.columns import Row
-from monge.viz.names import wrapped
+from monge.viz.names import rows_of, wrapped
 from monge.viz.numbers import loss
 from monge.viz.records import Comparison
 from monge.viz.style import THEME, Drawing, colour, dress, new_figure
@@ -23,19 +23,20 @@ def draw_final(comparison: Comparison, *, wide: bool) -> Drawing | None:
         return None
     # In the order asked for: an order by loss would look like a ranking, which only intervals give.
     names = [wrapped(row["router"], 34 if wide else 15) for row in rows]
-    figure = new_figure(7.6 if wide else 3.6, 0.75 + sum(0.14 + 0.16 * (1 + n.count("\n")) for n in names))
+    places, total = rows_of(names)
+    figure = new_figure(7.6 if wide else 3.6, 0.75 + 0.3 * total)
     ax = figure.subplots()
     seeds = {row["router"]: [r["val_loss"] for r in comparison.of("eval", row["router"])] for row in rows}
     right = _right_edge(rows, seeds)
-    for y, row in enumerate(rows):
+    for y, row in zip(places, rows, strict=True):
         _draw_row(ax, y, row, seeds[row["router"]], far=row["val_loss_mean"] > right)
     dress(ax, title="Validation loss after training", xlabel=f"{comparison.unit} (lower is better)")
     ax.margins(x=0.06)
     if np.isfinite(right):
         ax.set_xlim(right=right)
     ax.grid(False, axis="y")
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_yticks(range(len(rows)), names)
+    ax.set_ylim(total - 0.5, -0.5)
+    ax.set_yticks(places, names)
     ax.locator_params(axis="x", nbins=6 if wide else 4)
     for label, row in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_color(colour(row["router"]))
@@ -48,7 +49,7 @@ def draw_final(comparison: Comparison, *, wide: bool) -> Drawing | None:
     )
 
 
-def _draw_row(ax: Axes, y: int, row: Row, seeds: list[float], *, far: bool) -> None:
+def _draw_row(ax: Axes, y: float, row: Row, seeds: list[float], *, far: bool) -> None:
     tint, mean, spread = colour(row["router"]), row["val_loss_mean"], row.get("val_loss_std")
     edge = ax.get_yaxis_transform()  # x in widths of the axes
     if far:  # an arrow at the edge, so that the others keep their resolution

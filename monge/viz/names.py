@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 # The first variant of a router has its own dashes, the others these, in their order.
 _PATTERNS: tuple[object, ...] = (
-    (0, (6, 2)), (0, (1, 1.2)), (0, (8, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (8, 1.5, 1, 1.5, 1, 1.5)), (0, (10, 4)),
-    (0, (2, 3)), (0, (4, 1, 2, 1)), (0, (1, 3)),
+    (0, (6, 2)), (0, (1, 1.2)), (0, (8, 1.5, 1, 1.5)), (0, (2.5, 1)), (0, (8, 1.5, 1, 1.5, 1, 1.5)),
+    (0, (10, 4)), (0, (2, 3)), (0, (4, 1, 2, 1)), (0, (1, 3)),
 )  # fmt: skip
 
 
@@ -36,6 +36,19 @@ def label(router: str) -> str:
 def wrapped(router: str, width: int) -> str:
     """The label in lines of at most ``width`` characters, broken between words."""
     return textwrap.fill(label(router), width, break_long_words=False, break_on_hyphens=False)
+
+
+def rows_of(names: Iterable[str]) -> tuple[list[float], float]:
+    """Where rows with names of one line or more are centred, and how high they are together, in single rows.
+
+    Examples:
+        >>> from monge.viz.names import rows_of
+        >>> rows_of(["a", "b\\nc", "d"])
+        ([0.0, 1.25, 2.5], 3.5)
+    """
+    heights = [1 + 0.5 * name.count("\n") for name in names]
+    tops = [sum(heights[:i]) for i in range(len(heights))]
+    return [top + height / 2 - 0.5 for top, height in zip(tops, heights, strict=True)], sum(heights)
 
 
 def family(series: str) -> str:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from monge.viz.columns import Row
-from monge.viz.names import label, wrapped
+from monge.viz.names import label, rows_of, wrapped
 from monge.viz.records import Comparison
 from monge.viz.style import THEME, Drawing, colour, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LINE = 0.16  # inches of a line of text
+ROW = 0.29  # inches of a row with a name of one line
 
 
 def draw_differences(comparison: Comparison, *, wide: bool) -> Drawing | None:
@@ -25,16 +25,17 @@ def draw_differences(comparison: Comparison, *, wide: bool) -> Drawing | None:
         return None
     fields = ["minus", *(["accuracy_minus"] if rows[0].get("accuracy_minus") else [])]
     names = [wrapped(row["router"], 34 if wide else 15) for row in rows]
-    lines = [name.count("\n") + 1 for name in names]
-    height = 0.75 + sum(max(0.27, LINE * n + 0.08) for n in lines)
+    places, total = rows_of(names)
+    height = 0.75 + ROW * total
     across = wide or len(fields) == 1
     figure = new_figure(7.6 if wide else 3.6, height if across else 2 * height)
     grid = list(figure.subplots(*((1, len(fields)) if across else (len(fields), 1)), squeeze=False).flat)
     clipped = False
     for ax, field in zip(grid, fields, strict=True):
         scale = 100 if field == "accuracy_minus" else 1
-        clipped |= _draw(ax, rows, field, reference, scale)
-        ax.set_yticks(range(len(rows)), names if ax is grid[0] or not across else [""] * len(rows))
+        clipped |= _draw(ax, rows, places, field, reference, scale)
+        ax.set_ylim(total - 0.5, -0.5)
+        ax.set_yticks(places, names if ax is grid[0] or not across else [""] * len(rows))
         what = "Accuracy, points" if field == "accuracy_minus" else "Validation loss, nats"
         dress(ax, title=f"{what}: minus {label(reference)}", xlabel="")
         ax.grid(False, axis="y")
@@ -48,12 +49,12 @@ def draw_differences(comparison: Comparison, *, wide: bool) -> Drawing | None:
     return Drawing(figure, f"{caption}.")
 
 
-def _draw(ax: Axes, rows: list[Row], field: str, reference: str, scale: float) -> bool:
+def _draw(ax: Axes, rows: list[Row], places: list[float], field: str, reference: str, scale: float) -> bool:
     """One panel; whether something lies beyond its scale."""
     intervals = [{k: scale * v for k, v in row[field][reference].items()} for row in rows]
     low, high = _limits(intervals)
     beyond = False
-    for y, (row, interval) in enumerate(zip(rows, intervals, strict=True)):
+    for y, row, interval in zip(places, rows, intervals, strict=True):
         apart = interval["low"] > 0 or interval["high"] < 0
         tint, mean = colour(row["router"]), interval["mean"]
         if not low <= mean <= high:
@@ -68,7 +69,6 @@ def _draw(ax: Axes, rows: list[Row], field: str, reference: str, scale: float) -
         ax.plot(mean, y, marker="o", markersize=5, color=tint, alpha=1 if apart else 0.45)
     ax.axvline(0, color=THEME["muted"][0], linewidth=0.8)
     ax.set_xlim(low, high)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.locator_params(axis="x", nbins=5)
     return beyond
 
