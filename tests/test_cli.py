@@ -71,11 +71,12 @@ def test_every_command_explains_its_options(name, capsys):
     assert "--debug" in text
 
 
-def test_every_setting_is_explained_with_its_default(capsys, monkeypatch):
+@pytest.mark.parametrize("preset", ["quick", "vision"])
+def test_every_setting_is_explained_with_its_default(capsys, monkeypatch, preset):
     monkeypatch.setenv("COLUMNS", "300")
-    assert main(["compare", "--help"]) == 0
+    assert main(["compare", "--preset", preset, "--help"]) == 0
     text = capsys.readouterr().out
-    for name in vars(PRESETS["quick"]):
+    for name in vars(PRESETS[preset]):
         line = next(line for line in text.splitlines() if f" --{name.replace('_', '-')} " in line)
         entry = text[text.index(line) :].split(" --", 2)[1]
         assert "(default:" in entry, name
@@ -111,6 +112,22 @@ def test_the_preset_is_the_default_of_the_other_options(lab, tmp_path, spelling)
     assert lab.config.preset == "quick"
     assert lab.config.seeds == 5
     assert lab.config.steps == PRESETS["quick"].steps
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_runs_as_it_is_and_with_changes(lab, tmp_path, preset):
+    assert main(["compare", "--preset", preset, "--out", str(tmp_path)]) == 0
+    assert lab.config == PRESETS[preset]
+    words = "--routers ssr:p=0.05,carry=True topk --seeds 4 --steps 7"
+    assert main(["compare", "--preset", preset, *words.split(), "--out", str(tmp_path)]) == 0
+    assert lab.config.routers == ("ssr:p=0.05,carry=True", "topk")
+    assert (lab.config.seeds, lab.config.steps, lab.config.width) == (4, 7, PRESETS[preset].width)
+
+
+@pytest.mark.parametrize("spelling", [["--images", "photos"], ["--images=photos"]])
+def test_images_ask_for_the_vision_preset(lab, tmp_path, spelling):
+    assert main(["compare", *spelling, "--image-size", "16", "--out", str(tmp_path)]) == 0
+    assert (lab.config.preset, lab.config.images, lab.config.image_size) == ("vision", ("photos",), 16)
 
 
 def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path, monkeypatch, capsys):
@@ -158,6 +175,10 @@ def test_report_draws_again(tmp_path, capsys):
         ("compare --preset quik", "Did you mean 'quick'?"),
         ("compare --preset", "there is no preset ''"),
         ("compare --routers topk nosuch --out {out}", "'nosuch'"),
+        ("compare --routers ssr:p --out {out}", "'ssr:p'"),
+        ("compare --routers ssr:q=1 --out {out}", "'ssr' has no option 'q'"),
+        ("compare --images {out}/none --out {out}/x", "match no file"),
+        ("compare --preset vision --text a.txt", "--text"),
         ("compare --sedes 3", "--seeds"),
         ("compare --seeds three", "--seeds"),
         ("compare --seeds 0", "seeds must be at least 1, got 0"),

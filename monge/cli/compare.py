@@ -12,14 +12,15 @@ import tyro
 
 from monge.cli.progress import make_progress
 from monge.cli.terminal import make_console, print_paths, print_results, say
-from monge.lab.presets import PRESETS, CompareConfig
+from monge.lab.config import CompareConfig, ExperimentConfig, VisionConfig
+from monge.lab.presets import PRESETS
 
 _NEEDED = ("transformers", "tokenizers", "matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Train small language models on real text that differ in their router alone, and compare them.
+class TextArguments:
+    """Train small models on real text or images that differ in their router alone, and compare them.
 
     Repeating the command after an interruption goes on where it stopped.
     """
@@ -32,21 +33,30 @@ class Arguments:
     """Show the traceback of an error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionArguments(TextArguments):
+    """The same with images."""
+
+    settings: VisionConfig  # type: ignore[assignment]
+    """What is trained, on which images, for how long."""
+
+
 def run(arguments: list[str]) -> None:
     """Parse, train, report."""
-    preset = _preset(arguments)
+    settings = PRESETS[_preset(arguments)]
+    kind = VisionArguments if isinstance(settings, VisionConfig) else TextArguments
     parsed = tyro.cli(
-        Arguments,
+        kind,
         args=arguments,
-        default=Arguments(settings=PRESETS[preset]),
+        default=kind(settings=settings),  # type: ignore[arg-type]
         prog="monge compare",
-        description=f"{inspect.getdoc(Arguments)}\n\nPresets: {', '.join(PRESETS)}.",
+        description=f"{inspect.getdoc(TextArguments)}\n\nPresets: {', '.join(PRESETS)}.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     compare_and_report(parsed.settings, parsed.out)
 
 
-def compare_and_report(settings: CompareConfig, out: Path) -> None:
+def compare_and_report(settings: ExperimentConfig, out: Path) -> None:
     """Run the comparison with live progress, print its table and write its report."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:  # before the training, not after it
@@ -68,8 +78,11 @@ def compare_and_report(settings: CompareConfig, out: Path) -> None:
 
 
 def _preset(arguments: list[str]) -> str:
-    """The preset named by ``--preset``, found before parsing: it is the default of all other options."""
-    preset = "quick"
+    """The preset named by ``--preset``, found before parsing: it is the default of all other options.
+
+    Without one, images ask for the vision preset.
+    """
+    preset = "vision" if any(word.split("=")[0] == "--images" for word in arguments) else "quick"
     for word, following in zip(arguments, [*arguments[1:], ""]):
         if word == "--preset":
             preset = following

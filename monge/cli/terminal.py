@@ -11,11 +11,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from monge.viz.columns import COLUMNS, Column
-from monge.viz.numbers import MISSING
+from monge.viz.columns import Column, columns_of
+from monge.viz.names import label
 
 # Columns that go, one after the other, where the terminal is too narrow for all.
-_DROPPED_FIRST = ("OT steps", "own routing", "ms routing", "ms / step", "dead")
+_DROPPED_FIRST = (
+    "leak, KL", "OT steps", "own routing", "ms routing", "ms / step", "specialisation", "bias gradient",
+    "bias left", "dead", "imbalance, train", "leak",
+)  # fmt: skip
 
 
 def make_console() -> Console:
@@ -38,7 +41,7 @@ def complain(program: str, text: str) -> None:
 
 def print_results(console: Console, rows: list[dict[str, Any]], finding: str) -> None:
     """The table of a comparison and what it allows to be said."""
-    columns = [column for column in COLUMNS if any(column.cell(row) != MISSING for row in rows)]
+    columns = columns_of(rows)
     for dropped in range(len(_DROPPED_FIRST) + 1):
         table = _table([c for c in columns if c.title not in _DROPPED_FIRST[:dropped]], rows)
         if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
@@ -53,7 +56,7 @@ def _table(columns: list[Column], rows: list[dict[str, Any]]) -> Table:
     for column in columns:
         table.add_column((column.brief or column.title).replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["router"], *(column.cell(row) for column in columns))
+        table.add_row(label(row["router"]), *(column.cell(row) for column in columns))
     return table
 
 

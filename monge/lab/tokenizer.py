@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from monge.lab.presets import CompareConfig
+from monge.lab.config import CompareConfig, ExperimentConfig
+from monge.lab.examples import Examples, window_examples
+from monge.lab.text_corruptions import loss_increases
 from monge.workspace.text import Domain, Span, read_sample
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 BYTES_PER_TOKEN = 6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
     """The experiment's tokens, and where they come from.
 
@@ -37,6 +40,7 @@ class Corpus:
         tokenizer: the tokenizer that made them.
         domains: name, train_files, val_files, train_tokens and val_tokens of every domain.
         note: what is unusual about the split, or an empty string.
+        val_domain_N: (N,) int64, the domain of each validation window, by its place in ``domains``.
     """
 
     train_NS: Tensor
@@ -44,8 +48,53 @@ class Corpus:
     tokenizer: Tokenizer
     domains: list[dict]
     note: str
+    val_domain_N: Tensor
+
+    halved = 1
 
     @property
+    def train(self) -> Examples:
+        """Windows as inputs and next tokens."""
+        return window_examples(self.train_NS)
+
+    @property
+    def val(self) -> Examples:
+        """Windows as inputs and next tokens."""
+        return window_examples(self.val_NS, self.val_domain_N)
+
+    @property
+    def domain_names(self) -> list[str]:
+        """The globs or packages."""
+        return [domain["name"] for domain in self.domains]
+
+    @property
+    def tokens_per_example(self) -> int:
+        """The context."""
+        return self.train_NS.shape[1] - 1
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What ``config.json`` tells of the data."""
+        return {
+            "domains": self.domains,
+            "vocab": self.tokenizer.get_vocab_size(),
+            "note": self.note,
+            "digest": self.digest,
+        }
+
+    @cached_property
+    def begins_V(self) -> Tensor:
+        """(V,) bool, whether a token begins with the space or line break before a word."""
+        begins_V = torch.zeros(self.tokenizer.get_vocab_size(), dtype=torch.bool)
+        for token, index in self.tokenizer.get_vocab().items():
+            begins_V[index] = token.startswith(("Ġ", "Ċ"))  # how byte-level BPE writes them
+        return begins_V
+
+    def robustness(self, model: nn.Module, config: ExperimentConfig) -> dict[str, Any]:
+        """``corrupted``: by how much the loss rises under each corruption and share."""
+        return {"corrupted": loss_increases(model, self.val_NS, self.begins_V, config)}
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all tokens: the same on resumption unless the files have changed."""
         sha = hashlib.sha256()
@@ -87,12 +136,12 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 
 def load_corpus(
-    domains: Sequence[Domain], config: CompareConfig, tokenizer: Tokenizer | None = None
+    domains: Sequence[Domain], config: CompareConfig, tokenizer: Tokenizer | None = None, *, note: str = ""
 ) -> Corpus:
     """Tokens for one experiment: `config.tokens` of training text and `config.val_tokens` of validation.
 
     The domains share both budgets equally, as far as their text reaches. Without a `tokenizer`, one is
-    trained on the sampled training text.
+    trained on the sampled training text. ``note`` is added to the corpus'.
 
     Raises:
         ValueError: a part is shorter than two sequences.
@@ -108,10 +157,12 @@ def load_corpus(
     ]
     # The order is a property of the data, not of a seed: every run is evaluated on the same batches.
     order = torch.Generator().manual_seed(0)
-    val_NS = _windows(val, config.context, "validation")
+    val_NS, domain_N = _windows(val, config.context, "validation")
+    order_N = torch.randperm(len(val_NS), generator=order)
     return Corpus(
-        train_NS=_windows(train, config.context, "training"),
-        val_NS=val_NS[torch.randperm(len(val_NS), generator=order)],
+        train_NS=_windows(train, config.context, "training")[0],
+        val_NS=val_NS[order_N],
+        val_domain_N=domain_N[order_N],
         tokenizer=tokenizer,
         domains=[
             {
@@ -123,7 +174,7 @@ def load_corpus(
             }
             for domain, train_ids, val_ids in zip(domains, train, val)
         ],
-        note="; ".join(domain.note for domain in domains if domain.note),
+        note="; ".join(filter(None, (*(domain.note for domain in domains), note))),
     )
 
 
@@ -139,17 +190,21 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], quota: int) -> list[int]
     return tokens
 
 
-def _windows(parts: Sequence[Sequence[int]], context: int, what: str) -> Tensor:
-    """(N, S + 1): each part cut into windows that overlap by the one token to be predicted last."""
-    windows = [
-        torch.tensor(tokens).unfold(0, context + 1, context) for tokens in parts if len(tokens) > context
-    ]
-    if sum(map(len, windows)) < 2:
+def _windows(parts: Sequence[Sequence[int]], context: int, what: str) -> tuple[Tensor, Tensor]:
+    """(N, S + 1): each part cut into windows that overlap by the one token to be predicted last; (N,)
+    parts."""
+    windows = {
+        part: torch.tensor(tokens).unfold(0, context + 1, context)
+        for part, tokens in enumerate(parts)
+        if len(tokens) > context
+    }
+    if sum(map(len, windows.values())) < 2:
         raise ValueError(
             f"the {what} text has {sum(map(len, parts))} tokens, fewer than two sequences of {context}: "
             "name more or longer files, or lower context."
         )
-    return torch.cat(windows)
+    parts_N = [torch.full((len(windows_NS),), part) for part, windows_NS in windows.items()]
+    return torch.cat(list(windows.values())), torch.cat(parts_N)
 
 
 def _names(spans: Sequence[Span]) -> list[str]:

@@ -3,7 +3,7 @@
 A step depends on the weights, AdamW's moments, the seed and its own number alone: which windows it sees and
 every random number follow from (seed, step). So a checkpoint holds no generator and no data loader.
 
-Shapes: B sequences, S context, L MoE layers, E experts, N steps so far.
+Shapes: L MoE layers, E experts, N steps so far.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from monge.lab.config import ExperimentConfig
 from monge.lab.evaluation import mean_loss
+from monge.lab.examples import Data, losses_of
 from monge.lab.loads import LoadCounter, max_violation
-from monge.lab.models import moe_layers
+from monge.lab.models import moe_layers, static_capacity
 from monge.lab.observer import Observer
-from monge.lab.optimisation import batch_of, learning_rate, make_optimizer
-from monge.lab.presets import CompareConfig
-from monge.lab.tokenizer import Corpus
+from monge.lab.optimisation import batch_rows, learning_rate, make_optimizer
 from monge.routing import aux_loss
 from monge.routing import step as advance
 from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
 from monge.workspace.records import Records
 
-QUICK_VALIDATION = 16  # losses along the way use this fraction of the validation windows
+QUICK_VALIDATION = 16  # losses along the way use this fraction of the validation set
 
 
 @dataclass(slots=True)
@@ -64,8 +63,8 @@ class Run:
 
     router: str
     seed: int
-    config: CompareConfig
-    corpus: Corpus
+    config: ExperimentConfig
+    data: Data
     records: Records
     checkpoint: Path
     observer: Observer
@@ -106,12 +105,12 @@ def _step(
 ) -> Tensor:
     """One optimizer step, added to `history`. Returns (L, E) slots per expert."""
     config = run.config
-    tokens_BS = batch_of(run.corpus.train_NS, config.batch, run.seed, step).to(config.device)
+    train = run.data.train
+    batch = train.take(batch_rows(len(train), config.batch, run.seed, step)).to(config.device)
     began = time.perf_counter()
     torch.manual_seed(run.seed * 1_000_003 + step)
     with LoadCounter(model) as counter:
-        logits_BSV = model(input_ids=tokens_BS[:, :-1]).logits
-    loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+        loss = losses_of(model, batch).mean()
     has_routers = bool(moe_layers(model))
     (loss + aux_loss(model) if has_routers else loss).backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -140,7 +139,7 @@ def _trace(
     """Leave a step's traces; records before the checkpoint, which must never be ahead of them."""
     config, step = run.config, len(history.loss)
     since = (step - 1) % config.log_every + 1
-    tokens_per_s = 1000 * config.tokens_per_step / statistics.fmean(history.ms[-since:])
+    tokens_per_s = 1000 * config.batch * run.data.tokens_per_example / statistics.fmean(history.ms[-since:])
     violation = [statistics.fmean(row) for row in history.violation[-since:] if row]
     if step % config.log_every == 0 or step == config.steps:
         run.record(
@@ -156,9 +155,9 @@ def _trace(
         for layer, shares_E in enumerate(shares_LE.tolist()):
             run.record("load", step, layer=layer, loads=shares_E)
     if step % config.eval_every == 0 and step < config.steps:
-        val_NS = run.corpus.val_NS
-        part_NS = val_NS[: -(-len(val_NS) // QUICK_VALIDATION)]
-        run.record("val", step, val_loss=mean_loss(model, part_NS, config))
+        part = run.data.val.take(slice(-(-len(run.data.val) // QUICK_VALIDATION)))
+        with static_capacity(model, None):
+            run.record("val", step, val_loss=mean_loss(model, part, config))
     if step % config.checkpoint_every == 0 or step == config.steps:
         save_checkpoint(run.checkpoint, model, optimizer, history.tensors())
     run.observer.step(

@@ -63,6 +63,8 @@ class MaxScore(SteppedRouter):
         method: "exact" or "approximate", see above.
         momentum: share of the old prices that stays at each step.
         eval_prices: whether evaluation subtracts the kept prices; an attribute that may be set at any time.
+        flow: False leaves the assignment out, also in training: plain top-k of S with the gates and the loss
+            asked for, the other half of the paper's ablation. Causal then, and no prices are kept.
 
     Source: arXiv 2508.12801; kept prices are this library's. Other arguments: ``Router``.
 
@@ -95,6 +97,7 @@ class MaxScore(SteppedRouter):
         method: str = "exact",
         momentum: float = 0.5,
         eval_prices: bool = False,
+        flow: bool = True,
         **common: Any,
     ) -> None:
         super().__init__(dim, num_experts, top_k, **common)
@@ -111,14 +114,15 @@ class MaxScore(SteppedRouter):
         self.scores, self.per, self.gate_form, self.method = scores, per, gates, method
         self.anneal_from, self.anneal_steps, self.temperature = anneal_from, anneal_steps, temperature
         self.coefficient, self.capacity_factor, self.momentum = coefficient, capacity_factor, momentum
-        self.eval_prices = eval_prices
+        self.eval_prices, self.flow = eval_prices, flow
+        self.causal_train = not flow
         self.register_state("prices", torch.zeros(num_experts, device=self.weight.device))
         self.register_state("steps", torch.zeros((), device=self.weight.device))
 
     def choose(self, logits_TE: Tensor, batch: Batch) -> Choice:
         scores_TE = scores_of(logits_TE, self.scores)
         prices_E: Tensor | None
-        if self.training_route and (len(scores_TE) or not self.ranks.is_local):
+        if self.flow and self.training_route and (len(scores_TE) or not self.ranks.is_local):
             indices_TK, prices_E, priced_TE = self._by_flow(scores_TE, batch)
         else:
             prices_E = self.prices.clone() if self.eval_prices else None

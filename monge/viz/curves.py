@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from monge.viz.lines import Curves, bands, cut_points, draw_lines, frame, smooth
+from monge.viz.lines import (
+    Curves,
+    bands,
+    cut_points,
+    draw_lines,
+    frame,
+    legend_inches,
+    name_lines,
+    smooth,
+)
+from monge.viz.names import label
 from monge.viz.records import DENSE, Comparison
-from monge.viz.style import Drawing, colour, dashes, dress, label_ends, new_figure
+from monge.viz.style import Drawing, colour, dashes, dress, new_figure
 
 
 def draw_losses(comparison: Comparison, *, wide: bool) -> Drawing | None:
@@ -17,31 +27,35 @@ def draw_losses(comparison: Comparison, *, wide: bool) -> Drawing | None:
     curves = _curves(comparison, "train", "loss", comparison.routers)
     if not curves:
         return None
-    reference = reference_router(comparison)
+    reference = comparison.reference
     relative = _relative(comparison, reference) if reference else {}
     panels = 2 if relative else 1
     height = 2.9 if wide else 2.3 * panels + 0.2
-    figure = new_figure(7.6 if wide else 3.6, height)
+    figure = new_figure(7.6 if wide else 3.6, height + legend_inches(list(curves), wide))
     axes = figure.subplots(*((1, panels) if wide else (panels, 1)), squeeze=False).flat
     points_high = 72 * (height / (1 if wide else panels) - 0.9)
 
     ax = axes[0]
     smoothed = {name: (steps, smooth(values)) for name, (steps, values) in curves.items()}
     draw_lines(ax, smoothed)
-    dress(ax, title="Training loss", xlabel="optimizer step", ylabel="nats per token")
+    dress(ax, title="Training loss", xlabel="optimizer step", ylabel=comparison.unit)
     ax.set_ylim(*frame(smoothed))
-    label_ends(ax, [(v.mean(0)[-1], name) for name, (_, v) in smoothed.items()], points_high=points_high)
+    named = [(ax, [(v.mean(0)[-1], name) for name, (_, v) in smoothed.items()])]
     if reference and relative:
         ax = axes[1]
         ax.axhline(0, color=colour(reference), linewidth=1.4, linestyle=dashes(reference))
-        draw_lines(ax, relative, marker="o")
-        dress(ax, title=f"Validation loss minus {reference}'s", xlabel="optimizer step")
+        draw_lines(ax, relative, marker="o", among=curves)
+        dress(ax, title=f"Validation loss minus {label(reference)}'s", xlabel="optimizer step")
         ends = [(v.mean(0)[-1], name) for name, (_, v) in relative.items()]
-        label_ends(ax, [*ends, (0.0, reference)], points_high=points_high)
+        named.append((ax, [*ends, (0.0, reference)]))
+    name_lines(figure, named, points_high=points_high, wide=wide)
     caption = f"Loss during training, a moving mean over a tenth of the run ({bands(smoothed)}"
     caption += "; the first steps lie above the frame)" if cut_points(smoothed) else ")"
-    if relative:
-        caption += f", and the difference to {reference}, taken seed by seed on part of the validation set"
+    if reference and relative:
+        caption += (
+            f", and the difference to {label(reference)}, taken seed by seed on part of the validation set"
+        )
+        caption += ": below zero a router learns faster"
     return Drawing(figure, f"{caption}.")
 
 
@@ -52,7 +66,7 @@ def draw_violation(comparison: Comparison, *, wide: bool) -> Drawing | None:
     if not curves:
         return None
     width, height = (7.6, 2.7) if wide else (3.6, 2.5)
-    figure = new_figure(width, height)
+    figure = new_figure(width, height + legend_inches(list(curves), wide))
     ax = figure.subplots()
     smoothed = {name: (steps, smooth(values)) for name, (steps, values) in curves.items()}
     draw_lines(ax, smoothed)
@@ -60,17 +74,13 @@ def draw_violation(comparison: Comparison, *, wide: bool) -> Drawing | None:
     dress(ax, title=f"Imbalance in training: {title.lower()}" if wide else title, xlabel="optimizer step")
     top = max(np.quantile(v, 0.98) for _, v in smoothed.values())
     ax.set_ylim(-0.03 * max(top, 0.1), 1.08 * max(top, 0.1))
-    label_ends(ax, [(v.mean(0)[-1], n) for n, (_, v) in smoothed.items()], points_high=72 * (height - 0.8))
+    ends = [(v.mean(0)[-1], n) for n, (_, v) in smoothed.items()]
+    name_lines(figure, [(ax, ends)], points_high=72 * (height - 0.8), wide=wide)
     return Drawing(
         figure,
-        f"How far the busiest expert exceeds its share in training, a moving mean ({bands(smoothed)}).",
+        f"How far the busiest expert exceeds its share in training, a moving mean ({bands(smoothed)}): at 0 "
+        "all experts get the same, and a line that stays up is a router that does not balance by itself.",
     )
-
-
-def reference_router(comparison: Comparison) -> str | None:
-    """The router that differences are taken to: topk where there is one, else the first with experts."""
-    sparse = [name for name in comparison.routers if name != DENSE]
-    return "topk" if "topk" in sparse else sparse[0] if sparse else None
 
 
 def _curves(comparison: Comparison, kind: str, field: str, routers: list[str]) -> Curves:

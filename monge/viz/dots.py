@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from monge.viz.columns import Row
+from monge.viz.names import rows_of, wrapped
 from monge.viz.numbers import loss
 from monge.viz.records import Comparison
 from monge.viz.style import THEME, Drawing, colour, dress, new_figure
@@ -20,21 +21,22 @@ def draw_final(comparison: Comparison, *, wide: bool) -> Drawing | None:
     rows = [row for row in comparison.rows if np.isfinite(row["val_loss_mean"])]
     if not rows:
         return None
-    if comparison.seeds > 1:  # with one seed an order by loss would look like a ranking
-        rows.sort(key=lambda row: row["val_loss_mean"])
-    figure = new_figure(7.6 if wide else 3.6, 0.75 + 0.3 * len(rows))
+    # In the order asked for: an order by loss would look like a ranking, which only intervals give.
+    names = [wrapped(row["router"], 34 if wide else 15) for row in rows]
+    places, total = rows_of(names)
+    figure = new_figure(7.6 if wide else 3.6, 0.75 + 0.3 * total)
     ax = figure.subplots()
     seeds = {row["router"]: [r["val_loss"] for r in comparison.of("eval", row["router"])] for row in rows}
     right = _right_edge(rows, seeds)
-    for y, row in enumerate(rows):
+    for y, row in zip(places, rows, strict=True):
         _draw_row(ax, y, row, seeds[row["router"]], far=row["val_loss_mean"] > right)
-    dress(ax, title="Validation loss after training", xlabel="nats per token (lower is better)")
+    dress(ax, title="Validation loss after training", xlabel=f"{comparison.unit} (lower is better)")
     ax.margins(x=0.06)
     if np.isfinite(right):
         ax.set_xlim(right=right)
     ax.grid(False, axis="y")
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_yticks(range(len(rows)), [row["router"] for row in rows])
+    ax.set_ylim(total - 0.5, -0.5)
+    ax.set_yticks(places, names)
     ax.locator_params(axis="x", nbins=6 if wide else 4)
     for label, row in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_color(colour(row["router"]))
@@ -42,10 +44,12 @@ def draw_final(comparison: Comparison, *, wide: bool) -> Drawing | None:
     caption = "Validation loss at the end: a dot per seed"
     caption += ", the mean and one standard deviation" if spread else ""
     caption += "; the model with a triangle is too far behind for the scale" if np.isfinite(right) else ""
-    return Drawing(figure, f"{caption}.")
+    return Drawing(
+        figure, f"{caption}. Dots of one router that lie far apart say how much a seed alone moves the loss."
+    )
 
 
-def _draw_row(ax: Axes, y: int, row: Row, seeds: list[float], *, far: bool) -> None:
+def _draw_row(ax: Axes, y: float, row: Row, seeds: list[float], *, far: bool) -> None:
     tint, mean, spread = colour(row["router"]), row["val_loss_mean"], row.get("val_loss_std")
     edge = ax.get_yaxis_transform()  # x in widths of the axes
     if far:  # an arrow at the edge, so that the others keep their resolution

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from monge.viz.names import wrapped
 from monge.viz.records import DENSE, Comparison
 from monge.viz.style import THEME, Drawing, colour, dress, new_figure
 
@@ -30,7 +31,8 @@ def draw_loads(comparison: Comparison, *, wide: bool) -> Drawing | None:
     columns = len(panels) if len(panels) <= 4 else min(-(-len(panels) // 2), 4)
     columns = columns if wide else min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    figure = new_figure(7.6 if wide else 3.6, 1.55 * lines + 0.75)
+    rows_of_title = max(wrapped(name, 22).count("\n") for name, *_ in panels)
+    figure = new_figure(7.6 if wide else 3.6, (1.55 + 0.15 * rows_of_title) * lines + 0.75)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True)
     for ax in grid.flat[len(panels) :]:
         ax.set_visible(False)
@@ -40,7 +42,7 @@ def draw_loads(comparison: Comparison, *, wide: bool) -> Drawing | None:
         edges = (steps[0], steps[-1], layers * experts, 0)
         ax.imshow(paint(image), aspect="auto", interpolation="nearest", extent=edges)
         bottom = i + columns >= len(panels)
-        dress(ax, title=name, xlabel="optimizer step" if bottom else "")
+        dress(ax, title=wrapped(name, 22), xlabel="optimizer step" if bottom else "")
         ax.title.set_color(colour(name))
         ax.grid(False)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
@@ -56,7 +58,8 @@ def draw_loads(comparison: Comparison, *, wide: bool) -> Drawing | None:
     return Drawing(
         figure,
         "Load of every expert (one line each, layers from the top) over training, first seed: orange is more "
-        "than its share, blue is less, and a balanced expert has the colour of the page.",
+        "than its share, blue is less, and a balanced expert has the colour of the page. A blue line that "
+        "lasts is an expert that dies, an orange one an expert that takes its tokens.",
     )
 
 

@@ -35,6 +35,35 @@ def figure(value: float | None, spread: float | None = None) -> str:
     return f"{value:,.{decimals}f}" + ("" if spread is None else f" ± {spread:,.{decimals}f}")
 
 
+def difference(interval: dict[str, float] | None, decimals: int = 4) -> str:
+    """A difference with its sign, and the confidence interval around it.
+
+    Examples:
+        >>> from monge.viz.numbers import difference
+        >>> difference({"mean": -0.0534, "low": -0.0601, "high": -0.0467})
+        '-0.0534 [-0.0601, -0.0467]'
+    """
+    if interval is None:
+        return MISSING
+    mean, low, high = (f"{interval[name]:+.{decimals}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def increase(value: float | None) -> str:
+    """A difference with its sign, four decimals."""
+    return MISSING if value is None else f"{value:+.4f}"
+
+
+def small(value: float | None) -> str:
+    """A figure of any size, to two digits."""
+    return MISSING if value is None else f"{value:.2g}"
+
+
+def memory(value: float | None) -> str:
+    """Bytes in binary megabytes."""
+    return MISSING if value is None else f"{value / 2**20:,.0f} MiB"
+
+
 def count(value: float | None) -> str:
     """A count, with one decimal where a mean over seeds is not whole."""
     if value is None:

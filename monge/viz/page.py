@@ -38,7 +38,7 @@ th,td{padding:8px 7px;text-align:right;white-space:nowrap;border-bottom:1px soli
 thead th{font-weight:500;color:var(--muted);font-size:.8rem;
   vertical-align:bottom;white-space:normal;min-width:3.2rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);padding-left:0}
-tbody th{font-weight:600}
+tbody th{font-weight:600;white-space:normal;min-width:6.5rem;max-width:13rem}
 .dot{display:inline-block;width:.65rem;height:.65rem;border-radius:50%;margin-right:.5rem}
 dl.meanings{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.2rem;
   font-size:.88rem;margin:1rem 0}
@@ -56,6 +56,7 @@ footer{margin-top:3rem;padding-top:1rem;border-top:1px solid var(--grid);font-si
   main{padding:1.5rem 1rem 3rem}
   figure .wide{display:none}
   figure .narrow{display:block}
+  tbody th{max-width:8rem}
   dl.meanings{grid-template-columns:1fr;gap:0}
   dl.meanings dd{margin-bottom:.6rem}
 }

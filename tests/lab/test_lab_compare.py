@@ -12,16 +12,18 @@ import pytest
 import torch
 
 from monge.lab import compare
-from monge.workspace.text import INSTALL
+from monge.workspace.text import INSTALL, find_domains
 
 RUN = {"kind", "router", "seed", "step"}
 ROUTING = {"val_loss_own", "train_max_violation", "max_violation", "dead_experts", "leak", "ms_route"}
-COSTS = {"ms_step", "wall_s", "ot_steps", "params_total", "params_active"}
+CAPACITY = {"val_loss_cf1", "val_loss_cf125", "val_loss_own_cf1", "val_loss_own_cf125"}
+MORE = {"val_loss_by_domain", "corrupted", "leak_kl", "specialisation", "bias_gap", "bias_gradient"}
+COSTS = {"ms_step", "wall_s", "peak_memory_bytes", "ot_steps", "params_total", "params_active"}
 FIELDS = {
     "train": RUN | {"loss", "tokens_per_s", "max_violation", "lr"},
     "load": RUN | {"layer", "loads"},
     "val": RUN | {"val_loss"},
-    "eval": RUN | ROUTING | COSTS | {"val_loss", "loads"},
+    "eval": RUN | ROUTING | CAPACITY | MORE | COSTS | {"val_loss", "loads"},
 }
 
 
@@ -91,6 +93,12 @@ def test_an_experiment_leaves_what_the_contract_says(make_config, tmp_path):
         assert row["val_loss_mean"] == statistics.fmean(losses)
         assert row["val_loss_std"] == statistics.stdev(losses)
         assert (row["steps"], row["tokens"]) == (20, 20 * 4 * 16)
+        first, second = row["router"], summary[summary.index(row) - 1]["router"]
+        theirs = {r["seed"]: r["val_loss"] for r in rows if r["kind"] == "eval" and r["router"] == second}
+        mean = statistics.fmean(r["val_loss"] - theirs[r["seed"]] for r in evals)
+        assert row["minus"][second]["mean"] == pytest.approx(mean)
+        assert row["minus"].keys() == {r for r in config.routers if r != first}
+        assert row["synthetic"] is False
         assert row["ms_step"] == statistics.fmean(r["ms_step"] for r in evals)
     dense, ssr, maxscore = summary
     assert all(
@@ -203,8 +211,8 @@ def test_bad_settings_make_no_folder(make_config, tmp_path, fields, said):
 def test_a_diverging_loss_is_named_with_its_step(make_config, tmp_path, monkeypatch):
     from monge.lab import comparison
 
-    def broken(router, config, seed):
-        model = build(router, config, seed)
+    def broken(router, config, seed, images):
+        model = build(router, config, seed, images)
         with torch.no_grad():
             model.lm_head.weight.fill_(float("nan"))
         return model
@@ -233,3 +241,33 @@ def test_a_disk_that_fills_up_leaves_a_folder_that_can_go_on(make_config, tmp_pa
             compare(config, out)
     assert os.listdir(out / "checkpoints") == ["prices-0.safetensors"]
     assert compare(config, out)[0]["val_loss_mean"] == expected[0]["val_loss_mean"]
+
+
+def test_options_are_spelled_and_name_the_runs(make_config, tmp_path):
+    routers = ("ssr:p=1", "ssr:p=0", "switch:capacity_factor=1.0", "maxscore:gates=annealed")
+    summary = compare(make_config(routers=routers, annealing=0.5), tmp_path / "out")
+    assert [row["router"] for row in summary] == list(routers)
+    assert [row["ot_steps"] for row in summary[:2]] == [20, 0]
+    assert summary[2]["val_loss_own_mean"] == pytest.approx(summary[2]["val_loss_cf1"])
+    assert summary[2]["val_loss_own_mean"] != summary[2]["val_loss_mean"]
+
+
+def test_a_synthetic_bias_unbalances_and_is_marked(make_config, tmp_path):
+    config = make_config(routers=("topk",), experts=8, top_k=2, router_bias=5.0, steps=4)
+    (row,) = compare(config, tmp_path / "out")
+    assert row["synthetic"] is True
+    assert row["bias_gap"] == pytest.approx(5.0, abs=0.1)
+    assert row["max_violation"] > 2.5  # two of eight experts take nearly everything
+
+
+def test_a_missing_optional_package_is_told_and_does_no_harm(make_config, tmp_path, monkeypatch):
+    from monge.lab import folder
+
+    monkeypatch.setattr(folder, "missing_packages", lambda packages: ["anarchism"])
+    text = make_config().text
+    monkeypatch.setattr(folder, "find_domains", lambda globs, packages: find_domains(text))
+    journal = Journal()
+    compare(make_config(routers=("dense",), text=(), steps=1), tmp_path / "out", observer=journal)
+    said = "without anarchism, not installed here (`apt-get install anarchism`)"
+    assert ("message", said) in journal.events
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["data"]["note"] == said

@@ -6,23 +6,20 @@ import importlib.util
 
 import pytest
 import torch
+from lab.made import corpus_of, random_windows
 from torch.nn import functional as F
 
 from monge.lab import CompareConfig
 from monge.lab.evaluation import evaluate, mean_loss
-from monge.lab.leak import leak_of
+from monge.lab.examples import window_examples
+from monge.lab.leak import leak_kl_of, leak_of
 from monge.lab.loads import LoadCounter, max_violation
-from monge.lab.models import build_model, moe_layers
+from monge.lab.models import build_model, moe_layers, static_capacity
 from monge.lab.tokenizer import load_corpus
 from monge.routing import ROUTERS
 from monge.workspace.text import INSTALL, PACKAGES, find_domains
 
 NO_TEXT = any(importlib.util.find_spec(name) is None for name in PACKAGES)
-
-
-def _windows(config: CompareConfig, count: int = 12) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(config.vocab, (count, config.context + 1), generator=generator)
 
 
 def _spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -46,11 +43,11 @@ def real_batches() -> list[torch.Tensor]:
 def test_the_mean_loss_is_that_of_all_tokens_at_once(make_config):
     config = make_config()
     model = build_model("topk", config, 0)
-    windows_NS = _windows(config, 11)  # the last batch is smaller
+    windows_NS = random_windows(config, 11)  # the last batch is smaller
     with torch.no_grad():
         logits = model.eval()(input_ids=windows_NS[:, :-1]).logits
     expected = F.cross_entropy(logits.flatten(0, 1).double(), windows_NS[:, 1:].flatten())
-    assert mean_loss(model, windows_NS, config) == pytest.approx(float(expected), rel=1e-6)
+    assert mean_loss(model, window_examples(windows_NS), config) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
@@ -60,6 +57,8 @@ def test_leak_agrees_with_what_the_router_says_of_itself(router, real_batches):
     causal = all(layer.router.causal_train for layer in moe_layers(model).values())
     leak = leak_of(model, real_batches)
     assert leak == 0.0 if causal else 0.0 < leak < 0.5
+    divergence = leak_kl_of(model, real_batches)
+    assert 0 <= divergence < 1e-9 if causal else divergence > 1e-9
 
 
 def test_leak_counts_exactly_the_changed_routes(make_config, monkeypatch):
@@ -78,7 +77,7 @@ def test_leak_counts_exactly_the_changed_routes(make_config, monkeypatch):
         return choice
 
     monkeypatch.setattr(type(layer.router), "choose", peeking)
-    windows_NS = _windows(config, 64)
+    windows_NS = random_windows(config, 64)
     leak = leak_of(model, list(windows_NS[:, :-1].split(4)))
     # half of the replaced second halves have another parity, and then one token of eight changes wholly
     assert leak == pytest.approx(0.5 / 8, abs=0.5 / 8 * 0.6)
@@ -89,20 +88,20 @@ def test_leak_counts_exactly_the_changed_routes(make_config, monkeypatch):
 
 def test_own_loss_uses_prices_for_maxscore_and_training_routes_for_others(make_config):
     config = make_config(experts=8)
-    windows_NS = _windows(config)
+    windows_NS = random_windows(config)
     for router in ("maxscore", "ssr", "expert_choice", "sbase"):
         model = _spread(build_model(router, config, 0))
         routers = [layer.router for layer in moe_layers(model).values()]
         if router == "maxscore":
             routers[0].prices.copy_(torch.linspace(-1, 1, 8))
-        result = evaluate(model, windows_NS, config)
+        result = evaluate(model, corpus_of(windows_NS, config), config)
         assert result["val_loss_own"] != result["val_loss"], router
         if router == "maxscore":
             assert not routers[0].eval_prices
             routers[0].eval_prices = True
-            assert mean_loss(model, windows_NS, config) == result["val_loss_own"]
+            assert mean_loss(model, window_examples(windows_NS), config) == result["val_loss_own"]
     for router in ("topk", "prices", "noisy_topk", "lossfree", "quantile"):
-        result = evaluate(_spread(build_model(router, config, 0)), windows_NS, config)
+        result = evaluate(_spread(build_model(router, config, 0)), corpus_of(windows_NS, config), config)
         assert result["val_loss_own"] == result["val_loss"], router
 
 
@@ -111,7 +110,7 @@ def test_evaluation_changes_nothing_in_the_model(make_config):
     for router in ("ssr", "maxscore", "prices", "lossfree", "quantile"):
         model = build_model(router, config, 0).train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        evaluate(model, _windows(config), config)
+        evaluate(model, corpus_of(random_windows(config), config), config)
         assert model.training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         for layer in moe_layers(model).values():
@@ -127,7 +126,7 @@ def test_violation_and_dead_experts_count_the_whole_set(make_config):
     with torch.no_grad():
         first.router.weight.zero_()  # ties: the same two experts take everything
         second.router.weight.normal_(generator=torch.Generator().manual_seed(0))
-    result = evaluate(model, _windows(config), config)
+    result = evaluate(model, corpus_of(random_windows(config), config), config)
     loads_LE = torch.tensor(result["loads"])
     assert loads_LE[0].sort().values.tolist() == [0, 0, 0.5, 0.5]
     assert result["dead_experts"] == 2 + int((loads_LE[1] == 0).sum())
@@ -138,7 +137,7 @@ def test_violation_and_dead_experts_count_the_whole_set(make_config):
 def test_the_counter_adds_forwards_up_and_forgets_what_was_taken(make_config):
     config = make_config()
     model = build_model("topk", config, 0)
-    windows_NS = _windows(config, 4)[:, :-1]
+    windows_NS = random_windows(config, 4)[:, :-1]
     with LoadCounter(model) as counter:
         model(input_ids=windows_NS[:2])
         model(input_ids=windows_NS[2:])
@@ -150,3 +149,51 @@ def test_the_counter_adds_forwards_up_and_forgets_what_was_taken(make_config):
     assert counter.take().shape == (0, 0)
     assert max_violation(torch.tensor([[3.0, 1, 0, 0], [1, 1, 1, 1]])).tolist() == [2.0, 0.0]
     assert max_violation(torch.zeros(0, 0)).tolist() == []
+
+
+def test_a_static_capacity_is_that_of_the_layer_and_is_put_back(make_config):
+    config = make_config(experts=8)
+    model = _spread(build_model("topk", config, 0))
+    windows_NS = random_windows(config)
+    result = evaluate(model, corpus_of(windows_NS, config), config)
+    for layer in moe_layers(model).values():
+        layer.capacity_factor = 1.0
+    dropping = mean_loss(model, window_examples(windows_NS), config)
+    assert result["val_loss_cf1"] == result["val_loss_own_cf1"] == dropping
+    assert result["val_loss"] != dropping
+    with static_capacity(model, 8.0):  # room for every token on one expert
+        assert mean_loss(model, window_examples(windows_NS), config) == pytest.approx(result["val_loss"])
+    # a layer that was trained with a capacity is validated without, and in its own way with it
+    capped = evaluate(model, corpus_of(windows_NS, config), config)
+    assert capped["val_loss"] == pytest.approx(result["val_loss"])
+    assert capped["val_loss_own"] == pytest.approx(dropping)
+    assert all(layer.capacity_factor == 1.0 for layer in moe_layers(model).values())
+
+
+def test_every_domain_has_its_loss_and_together_they_are_the_whole(make_config):
+    config = make_config(experts=8)
+    model = _spread(build_model("topk", config, 0))
+    windows_NS = random_windows(config, 11)
+    domain_N = torch.tensor([0, 2] * 5 + [2])
+    result = evaluate(model, corpus_of(windows_NS, config, domain_N), config)
+    by_domain = result["val_loss_by_domain"]
+    assert by_domain.keys() == {"a", "c"}
+    for name, domain in (("a", 0), ("c", 2)):
+        part = window_examples(windows_NS[domain_N == domain])
+        assert by_domain[name] == mean_loss(model, part, config)
+    assert result["val_loss"] == pytest.approx(mean_loss(model, window_examples(windows_NS), config))
+    assert result["specialisation"] > 0
+    assert evaluate(model, corpus_of(windows_NS, config), config)["specialisation"] is None
+
+
+def test_transport_gives_a_router_bias_no_gradient_and_softmax_does(make_config):
+    config = make_config(experts=8, router_bias=3.0)
+    data = corpus_of(random_windows(config, 64), config)
+    figures = {}
+    for router in ("topk", "ssr:iterations=200,tol=1e-9", "dense"):
+        model = build_model(router, config, 0)
+        figures[router.split(":")[0]] = evaluate(model, data, config)
+    assert figures["topk"]["bias_gap"] == figures["ssr"]["bias_gap"] == 3.0
+    assert figures["topk"]["bias_gradient"] > 1e4 * figures["ssr"]["bias_gradient"]
+    assert figures["dense"]["bias_gap"] is figures["dense"]["bias_gradient"] is None
+    assert evaluate(build_model("topk", make_config(), 0), data, make_config())["bias_gap"] is None

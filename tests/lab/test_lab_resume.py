@@ -16,8 +16,8 @@ import pytest
 
 from monge.lab import CompareConfig, compare
 
-TIMES = {"tokens_per_s", "ms_step", "ms_route", "wall_s"}
-STATEFUL = ("dense", "noisy_topk", "ssr", "maxscore", "prices", "lossfree", "quantile")
+TIMES = {"tokens_per_s", "ms_step", "ms_route", "wall_s", "peak_memory_bytes"}
+STATEFUL = ("dense", "noisy_topk", "ssr", "maxscore", "prices", "lossfree", "quantile", "ssr:carry=True")
 
 
 class Interrupter:

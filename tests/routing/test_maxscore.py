@@ -191,3 +191,21 @@ def test_the_gshard_loss_of_the_released_code():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         maxscore(**options)
+
+
+def test_without_flow_it_is_plain_top_k_with_the_gates_asked_for():
+    hidden = hidden_states(31)
+    plain, flowing = maxscore(flow=False), maxscore()
+    assert (plain.causal_train, flowing.causal_train) == (True, False)
+    trained = plain(hidden)
+    assert torch.equal(trained.indices, maxscore().eval()(hidden).indices)  # inference of the other
+    assert torch.equal(trained.weights, maxscore().eval()(hidden).weights)
+    assert trained.max_violation > 0.5 > flowing(hidden).max_violation
+    monge.step(plain)
+    assert not plain.prices.any()
+    assert plain.steps == 1
+    annealed = maxscore(flow=False, gates="annealed", anneal_from=4.0, coefficient=0.01)(hidden)
+    probs_TE = annealed.logits.softmax(1)
+    expected = probs_TE.gather(1, annealed.indices) * torch.tensor([1.0, 4.0])
+    assert torch.allclose(annealed.weights, expected)
+    assert annealed.aux_loss > 0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from monge.lab.paired import paired_difference
+
 EXPERTS, LAYERS = 16, 2
 # final loss, violation in training and on the validation set, dead experts, leak, ms routing, ms step
 ROUTERS = {
@@ -31,6 +33,8 @@ def write_fake_run(
     spread: float = 0.004,
     loads: bool = True,
     interrupt_after: int | None = None,
+    router_bias: float = 0.0,
+    images: bool = False,
 ) -> Path:
     """Write config.json, records.jsonl and summary.json to ``out`` and return it.
 
@@ -42,9 +46,13 @@ def write_fake_run(
         spread: standard deviation of the final loss over seeds.
         loads: write the per-layer load records.
         interrupt_after: stop in the middle of the run with this index; no summary is written then.
+        router_bias: of a synthetic start.
+        images: classify images instead of modelling text.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(_config(routers, seeds, steps), indent=1))
+    (out / "config.json").write_text(
+        json.dumps(_config(routers, seeds, steps, router_bias, images), indent=1)
+    )
     lines: list[dict] = []
     evals: list[dict] = []
     runs = [(seed, router) for seed in range(seeds) for router in routers]
@@ -53,18 +61,20 @@ def write_fake_run(
         lines += _training(router, seed, steps // 2 if cut else steps, steps, loads)
         if cut:
             break
-        evals.append(_evaluation(router, seed, steps, spread))
+        evals.append(_evaluation(router, seed, steps, spread, router_bias, images))
         lines.append(evals[-1])
     (out / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if interrupt_after is None:
-        (out / "summary.json").write_text(json.dumps([_summary(r, evals) for r in routers], indent=1))
+        (out / "summary.json").write_text(
+            json.dumps([_summary(r, evals, routers) for r in routers], indent=1)
+        )
     return out
 
 
 def _training(router: str, seed: int, until: int, steps: int, loads: bool) -> list[dict]:
     shared = np.random.default_rng([seed, 1])  # one data order per seed: most of the noise is common
     own = np.random.default_rng([seed, 2, *router.encode()])
-    final, violation, *_ = ROUTERS[router]
+    final, violation, *_ = ROUTERS[router.partition(":")[0]]
     skew = own.normal(size=(LAYERS, EXPERTS))
     lines = []
     for step in range(1, until + 1):
@@ -116,12 +126,15 @@ def _loads(skew_E: np.ndarray, violation: float, progress: float) -> list[float]
     return (weights_E / weights_E.sum()).tolist()
 
 
-def _evaluation(router: str, seed: int, steps: int, spread: float) -> dict:
+def _evaluation(router: str, seed: int, steps: int, spread: float, router_bias: float, images: bool) -> dict:
     own = np.random.default_rng([seed, 3, *router.encode()])
-    final, train_violation, violation, dead, leak, ms_route, ms_step = ROUTERS[router]
+    final, train_violation, violation, dead, leak, ms_route, ms_step = ROUTERS[router.partition(":")[0]]
+    sparse = violation is not None
+    kinds = {"noise": 0.9, "salt": 0.8} if images else {"random tokens": 0.3, "swapped words": 0.1}
     loss = final + own.normal(scale=spread)
     skew = own.normal(size=(LAYERS, EXPERTS))
-    return {
+    of_images = {"accuracy": 0.95 - loss / 100, "accuracy_corrupted": 0.8 - loss / 100} if images else {}
+    return of_images | {
         "kind": "eval",
         "router": router,
         "seed": seed,
@@ -138,13 +151,32 @@ def _evaluation(router: str, seed: int, steps: int, spread: float) -> dict:
         "ot_steps": 20 if router == "ssr" else None,
         "params_total": 1_393_000,
         "params_active": 361_000,
+        "peak_memory_bytes": 5e8,
+        "corrupted": {kind: {"0.1": base / 2, "0.2": base} for kind, base in kinds.items()},
+        "val_loss_by_domain": {"speeches": final - 0.2, "plays": final + 0.2},
+        **{
+            f"val_loss{own}_{name}": final + rise if sparse else None
+            for own in ("", "_own")
+            for name, rise in (("cf1", 0.1), ("cf125", 0.02))
+        },
+        "leak_kl": leak and leak / 100,
+        "specialisation": 0.12 if sparse else None,
+        "bias_gap": 2.5 if sparse and router_bias else None,
+        "bias_gradient": 1e-3 if sparse and router_bias else None,
         "loads": None
         if violation is None
         else [_loads(skew[layer], violation, 1.0) for layer in range(LAYERS)],
     }
 
 
-def _summary(router: str, evals: list[dict]) -> dict:
+def _summary(router: str, evals: list[dict], routers: tuple[str, ...]) -> dict:
+    def minus(field: str) -> dict:
+        mine, others = {e["seed"]: e[field] for e in evals if e["router"] == router}, {}
+        for name in routers:
+            theirs = {e["seed"]: e[field] for e in evals if e["router"] == name}
+            others |= {name: paired_difference(mine, theirs)} if name != router else {}
+        return others
+
     mine = [e for e in evals if e["router"] == router]
     losses = [e["val_loss"] for e in mine]
     row = {
@@ -152,7 +184,10 @@ def _summary(router: str, evals: list[dict]) -> dict:
         for k, v in mine[0].items()
         if k not in ("kind", "seed", "step", "loads", "val_loss", "val_loss_own")
     }
+    if "accuracy" in row:
+        row["accuracy_minus"] = minus("accuracy")
     return row | {
+        "minus": minus("val_loss"),
         "seeds": len(mine),
         "val_loss_mean": statistics.fmean(losses),
         "val_loss_std": statistics.stdev(losses) if len(mine) > 1 else None,
@@ -162,7 +197,16 @@ def _summary(router: str, evals: list[dict]) -> dict:
     }
 
 
-def _config(routers: tuple[str, ...], seeds: int, steps: int) -> dict:
+def _config(routers: tuple[str, ...], seeds: int, steps: int, router_bias: float, images: bool) -> dict:
+    config = _text_config(routers, seeds, steps)
+    config["config"]["router_bias"] = router_bias
+    if images:
+        config["data"] = {"images": "digits", "train_images": 90, "val_images": 10, "classes": 10, "size": 8}
+        config["data"] |= {"tokens_per_image": 17, "note": ""}
+    return config
+
+
+def _text_config(routers: tuple[str, ...], seeds: int, steps: int) -> dict:
     return {
         "command": "compare",
         "preset": "quick",

@@ -18,6 +18,7 @@ from viz.fake_records import write_fake_run
 
 from monge.viz import figure_paths, write_report
 from monge.viz.heatmap import paint
+from monge.viz.names import label
 
 CASES = {
     "several seeds": {},
@@ -25,6 +26,14 @@ CASES = {
     "a single router": {"routers": ("prices",)},
     "dense only": {"routers": ("dense",)},
     "no load records": {"loads": False},
+    "variants of a router": {
+        "routers": ("topk", "ssr:p=0.01", "ssr:p=0.1", "ssr:p=1", "ssr:p=0.1,carry=True")
+    },
+    "images, a synthetic start": {
+        "images": True,
+        "routers": ("dense", "topk", "maxscore"),
+        "router_bias": 3.0,
+    },
     "interrupted": {"interrupt_after": 3},
     "interrupted in the first run": {"interrupt_after": 0},
 }
@@ -84,8 +93,14 @@ def test_any_part_of_the_records_gives_a_whole_page(tmp_path, case):
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert "@import" not in text
     assert "url(http" not in text
-    assert all(name in page.words for name in options.get("routers", ("dense", "maxscore")))
+    assert all(label(name) in page.words for name in options.get("routers", ("dense", "maxscore")))
     assert page.tags.count("figure") == page.tags.count("figcaption") == len(figure_paths(out)) // 2
+    assert ("Synthetic" in page.words) == ("synthetic" in case)
+    names = {path.stem for path in figure_paths(out)}
+    assert ("sweep" in names) == (case == "variants of a router")
+    if "synthetic" in case:
+        svgs = [path.read_text() for path in figure_paths(out) if path.suffix == ".svg"]
+        assert all("starts at +3 on 4 of the 16 experts" in svg for svg in svgs)
     assert ("Unfinished" in page.words) == ("interrupt" in case)
     for path in figure_paths(out):
         if path.suffix == ".svg":
@@ -109,7 +124,7 @@ def test_the_same_records_give_the_same_bytes_and_leave_matplotlib_alone(tmp_pat
     assert dict(matplotlib.rcParams) == settings
     assert matplotlib.rcParams._get_backend_or_none() == backend
     names = sorted(path.name for path in written.iterdir())
-    assert len([name for name in names if name.endswith((".png", ".svg"))]) == 8
+    assert len([name for name in names if name.endswith((".png", ".svg"))]) == 12
     for name in names:
         assert (written / name).read_bytes() == (again / name).read_bytes(), name
 
