@@ -136,9 +136,16 @@ class Experts(nn.Module):
         if self.exchange is not None:  # DTensors, of which this rank holds its experts
             proj_in, proj_out = local_part(proj_in), local_part(proj_out)
             bias = None if bias is None else local_part(bias)
-        how = {"compute": self.compute, "exchange": self.exchange}
         return apply_experts(
-            hidden_TH, indices_TK, weights_TK, proj_in, proj_out, self.activation, bias, **how
+            hidden_TH,
+            indices_TK,
+            weights_TK,
+            proj_in,
+            proj_out,
+            self.activation,
+            bias,
+            compute=self.compute,
+            exchange=self.exchange,
         )
 
     def extra_repr(self) -> str:
