@@ -132,7 +132,8 @@ class Experts(nn.Module):
             TypeError: hidden states and weights differ in dtype, outside autocast.
         """
         bias: Tensor | None = getattr(self, self.bias_name) if self.bias_name else None
-        proj_in, proj_out = getattr(self, self.input_name), self.down_proj
+        proj_in: Tensor = getattr(self, self.input_name)
+        proj_out: Tensor = self.down_proj
         if self.exchange is not None:  # DTensors, of which this rank holds its experts
             proj_in, proj_out = local_part(proj_in), local_part(proj_out)
             bias = None if bias is None else local_part(bias)
