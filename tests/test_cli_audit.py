@@ -61,7 +61,7 @@ def test_the_audit_of_a_checkpoint(place, tmp_path, capsys):
     printed = capsys.readouterr().out
     for said in (
         "imbalance",
-        "drops 1.25",
+        "1.25",
         "experts are",
         "about the text's domain",
         "In bfloat16",
