@@ -84,6 +84,16 @@ def test_an_expert_that_is_not_there_is_an_error(path):
         PATHS[path](x, indices, w, a, d, act)
 
 
+@pytest.mark.parametrize("path", PATH_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_can_be_freed_as_fsdp_frees_them(path, dtype):
+    """numpy's hold on a tensor would forbid to resize its storage, also after it has let go."""
+    x, indices, w, a, d, act = problem(T=3, K=2, E=5, H=16, hidden=8, dtype=dtype)
+    PATHS[path](x, indices, w, a, d, act)
+    for weight in (a, d):
+        weight.untyped_storage().resize_(0)
+
+
 def test_large_buffers_look_like_torch_ones():
     like = torch.ones(1, dtype=torch.bfloat16)
     for shape, dtype in (

@@ -33,9 +33,12 @@ def _takes(*weights: Tensor) -> bool:
 
 
 def _array(x: Tensor) -> np.ndarray:
-    """The same memory for numpy, which has no bfloat16: its bits."""
+    """The same memory for numpy, which has no bfloat16: its bits.
+
+    Not by ``Tensor.numpy``, which forbids to resize the storage ever after: FSDP frees gathered weights so.
+    """
     x = x.detach()
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    return np.from_dlpack(x.view(torch.uint16) if x.dtype == torch.bfloat16 else x)
 
 
 def _forward(
