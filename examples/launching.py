@@ -56,6 +56,11 @@ def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
+def new_group(timeout_s: float) -> dist.ProcessGroup:
+    """All processes once more, for messages of their own, as patient as the job and not half an hour."""
+    return dist.new_group(timeout=timedelta(seconds=timeout_s))
+
+
 class Checkpoints:
     """Folders ``step-N`` in ``out``, of which the last one is kept.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from launching import Checkpoints, job, mean_over_ranks, say
+from launching import Checkpoints, job, mean_over_ranks, new_group, say
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -91,7 +91,7 @@ def main() -> None:
         )
         torch.manual_seed(0)  # the same weights everywhere
         model: nn.Module = ByteModel(args.router).to(device)
-        use_group(model, dist.new_group())  # apart from the messages of DDP
+        use_group(model, new_group(args.timeout))  # apart from the messages of DDP
         model = fully_shard(model) if args.fsdp else DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         checkpoints = Checkpoints(args.out)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from launching import Checkpoints, job, mean_over_ranks, say
+from launching import Checkpoints, job, mean_over_ranks, new_group, say
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import monge
 from monge.lab import PRESETS, CompareConfig
 from monge.lab.evaluation import mean_loss
+from monge.lab.examples import window_examples
 from monge.lab.models import build_model
 from monge.lab.optimisation import batch_of, learning_rate, make_optimizer
 from monge.lab.tokenizer import load_corpus
@@ -81,7 +82,7 @@ def main() -> None:
         shape = (args.replicas, ranks // args.replicas)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts"))
         shard_experts(model, mesh if args.replicas > 1 else mesh["experts"])
-        use_group(model, dist.new_group())
+        use_group(model, new_group(args.timeout))
         parallel = DistributedDataParallel(model)
         optimizer = optimizer_of(model, config)
         checkpoints = Checkpoints(args.out)
@@ -101,7 +102,8 @@ def main() -> None:
             if (step + 1) % args.checkpoint_every == 0 or step + 1 == config.steps:
                 checkpoints.save(step + 1, model, optimizer)
                 say(f"step {step + 1}: loss {mean_over_ranks(loss):.4f}")
-        val_loss = torch.tensor(mean_loss(model, mine(corpus.val_NS), config), device=device)
+        validation = window_examples(mine(corpus.val_NS))
+        val_loss = torch.tensor(mean_loss(model, validation, config), device=device)
         say(f"validation loss {mean_over_ranks(val_loss):.4f}")
 
 
