@@ -105,7 +105,9 @@ for folder in map(Path, sys.argv[2:]):
     with torch.no_grad():
         result = {
             "logits": model(input_ids=ids).logits,
-            "text": model.generate(ids[:1, :8], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False),
+            "text": model.generate(
+                ids[:1, :8], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False
+            ),
             "bfloat16": reload(folder, dtype=torch.bfloat16)(input_ids=ids).logits,
         }
     save_file({k: v.contiguous() for k, v in result.items()}, root / f"{folder.name}.outputs")
