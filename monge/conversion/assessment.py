@@ -15,8 +15,8 @@ from monge.conversion.evaluation import (
     compare_embeddings,
     compare_models,
     measure_cost,
-    measure_layers,
 )
+from monge.conversion.evaluation.layers import watched_layers
 from monge.conversion.job import Job
 
 TEXT = "held-out"
@@ -45,11 +45,11 @@ def assess(job: Job) -> dict[str, Any]:
         figures = asdict(compare_embeddings(dense, converted, held_out_NL))
         job.record({"kind": "eval", "model": "converted", "text": TEXT, **figures})
         return summary | {"cosine": figures["cosine"]}
-    job.observer.stage("evaluate", 2 * len(held_out_NL))
-    quality = compare_models(dense, converted, held_out_NL, observer=job.observer)
+    job.observer.stage("evaluate", len(held_out_NL))
+    with watched_layers(dense, converted, active_shares(converted, dense)) as layers:
+        quality = compare_models(dense, converted, held_out_NL, observer=job.observer)
     figures = asdict(quality)
     job.record({"kind": "eval", "model": "converted", "text": TEXT, "k_offset": 0, **figures})
-    shares = active_shares(converted, dense)
-    for layer in measure_layers(dense, converted, held_out_NL, shares=shares, observer=job.observer):
+    for layer in layers:
         job.record({"kind": "layer_eval", **asdict(layer), "dead": layer.dead})
     return {name: figures[name] for name in ("perplexity", "perplexity_dense", "kl", "agreement")} | summary

@@ -10,7 +10,7 @@ residual_multiplier): then the residual is ``out - m y`` and the converted strea
 Whether a layer is such is measured, not assumed. Others (BERT's LayerNorm after the sum, Gemma 2's after the
 FFN) are run again once their FFN is replaced.
 
-Shapes: N sequences, L tokens in each, T = N L, H model width.
+Shapes: N sequences, L tokens in each, B sequences of a batch, T = N L, H model width, F neurons.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from monge.conversion.ffn import layers_of
+from monge.conversion.linear import shape_of
 from monge.conversion.types import FFN
 
-BATCH_TOKENS = 4096  # of one pass through a layer
+BATCH_TOKENS = 1024  # of one pass through a layer; larger activations leave the caches and cost a fifth more
 AFFINE_TOLERANCE = 1e-3  # relative error of out = r + m y above which a layer is run again
 
 
@@ -37,6 +38,7 @@ class Observation:
     Attributes:
         x_TH: inputs of the FFN in the converted model.
         y_TH: outputs of the dense FFN for them.
+        hidden_TF: its activations in between.
         drift_TH: dense minus converted residual beside y, in units of y; None where y is not simply added.
         residual_NLH: r of the converted stream, where ``out = r + m y``.
         factor: m, or None.
@@ -44,6 +46,7 @@ class Observation:
 
     x_TH: Tensor
     y_TH: Tensor
+    hidden_TF: Tensor
     drift_TH: Tensor | None
     residual_NLH: Tensor | None
     factor: float | None
@@ -102,17 +105,20 @@ def observe(streams: Streams, ffn: FFN, between: Callable[[Tensor], None] | None
     dense_NLH, x_dense_TH, y_dense_TH = _run(streams, ffn, before_NLH)
     if between is not None and factor is not None:
         between(((before_NLH - streams.converted_NLH) / factor).flatten(0, 1))
-    out_NLH, x_TH, y_TH = _run(streams, ffn, streams.converted_NLH)
+    neurons = shape_of(ffn.down_module)[1]
+    hidden_TF = before_NLH.new_empty((before_NLH.shape[:2].numel(), neurons))
+    out_NLH, x_TH, y_TH = _run(streams, ffn, streams.converted_NLH, hidden_TF)
     check_finite(dense_NLH, f"layer {ffn.layer}")
     check_finite(out_NLH, f"layer {ffn.layer} of the converted model")
     streams.dense_NLH = dense_NLH
     if factor is None:
         # where the FFN's two halves stand in two modules (BERT), its residual is its own input
         split = ffn.input_module is not ffn.output_module
-        return Observation(x_TH, y_TH, x_dense_TH - x_TH if split else None, None, None)
+        drift_TH = x_dense_TH - x_TH if split else None
+        return Observation(x_TH, y_TH, hidden_TF, drift_TH, None, None)
     residual_NLH = out_NLH.sub_(y_TH.view_as(out_NLH), alpha=factor)
     drift_TH = (dense_NLH.view_as(y_TH) - residual_NLH.view_as(y_TH)) / factor - y_dense_TH
-    return Observation(x_TH, y_TH, drift_TH, residual_NLH, factor)
+    return Observation(x_TH, y_TH, hidden_TF, drift_TH, residual_NLH, factor)
 
 
 def advance(streams: Streams, ffn: FFN, seen: Observation, y_TH: Tensor) -> None:
@@ -161,33 +167,45 @@ def _inputs_of_first(model: nn.Module, layers: nn.ModuleList, chunks: Tensor) ->
         handle.remove()
 
 
-def _run(streams: Streams, ffn: FFN, stream_NLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(output of the layer (N, L, H), inputs of its FFN (T, H), outputs of its FFN (T, H))."""
+def _run(
+    streams: Streams, ffn: FFN, stream_NLH: Tensor, hidden_TF: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output of the layer (N, L, H), inputs of its FFN (T, H), outputs of its FFN (T, H)).
+
+    Args:
+        hidden_TF: is filled with the activations of the FFN, which must still be dense.
+    """
     args, kwargs = streams.calls[ffn.layer]
     out_NLH, x_NLH, y_NLH = (torch.empty_like(stream_NLH) for _ in range(3))
     size = max(1, BATCH_TOKENS // stream_NLH.shape[1])
     for start in range(0, len(stream_NLH), size):
         part = slice(start, start + size)
-        with _watched(ffn, x_NLH[part], y_NLH[part]):
+        hidden_BLF = None if hidden_TF is None else hidden_TF.view(*stream_NLH.shape[:2], -1)[part]
+        with _watched(ffn, x_NLH[part], y_NLH[part], hidden_BLF):
             out = streams.layers[ffn.layer](stream_NLH[part], *args, **kwargs)
         out_NLH[part] = out[0] if isinstance(out, tuple) else out
     return out_NLH, x_NLH.flatten(0, 1), y_NLH.flatten(0, 1)
 
 
 @contextmanager
-def _watched(ffn: FFN, x_BLH: Tensor, y_BLH: Tensor) -> Iterator[None]:
-    """Copies the input and the output of the FFN's next call into ``x_BLH`` and ``y_BLH``."""
+def _watched(ffn: FFN, x_BLH: Tensor, y_BLH: Tensor, hidden_BLF: Tensor | None) -> Iterator[None]:
+    """Copies the FFN's next input, output and activations into ``x_BLH``, ``y_BLH`` and ``hidden_BLF``."""
 
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_BLH.copy_(args[0].view_as(x_BLH))
+    def into(wanted: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            wanted.copy_(args[0].view_as(wanted))
+
+        return keep
 
     def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         y_BLH.copy_(output.view_as(y_BLH))
 
     handles = [
-        ffn.input_module.register_forward_pre_hook(before),
+        ffn.input_module.register_forward_pre_hook(into(x_BLH)),
         ffn.output_module.register_forward_hook(after),
     ]
+    if hidden_BLF is not None:
+        handles.append(ffn.down_module.register_forward_pre_hook(into(hidden_BLF)))
     try:
         yield
     finally:

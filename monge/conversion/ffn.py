@@ -53,6 +53,11 @@ class FoundFFN:
         """Its forward returns y (..., H)."""
         return self.model.get_submodule((self.name, *self.after)[-1])
 
+    @property
+    def down_module(self) -> nn.Module:
+        """Its last projection."""
+        return self.model.get_submodule(self.down)
+
     def read(self) -> FFNWeights:
         """A copy of the dense weights, float32.
 

@@ -72,6 +72,7 @@ def convert_layer(
     half of what the stream has lost against the dense model's.
 
     Args:
+        seen: its activations are overwritten.
         gates: of the deployed model, a name of `monge.conversion.building.GATE_SCALES`.
         sequence: L, tokens of a sequence; every eighth sequence is held out from the refit to choose lambda.
         given: a partition with its router, found before; None finds them here.
@@ -155,17 +156,7 @@ def _sample(
     y_TH = seen.y_TH if weights.down_bias_H is None else seen.y_TH - weights.down_bias_H
     target_TH = y_TH if seen.drift_TH is None else y_TH + ALPHA * seen.drift_TH
     weight_T = token_weights(y_TH, target_TH)
-    return LayerSample(
-        layer, weights, seen.x_TH, _hidden(weights, seen.x_TH), weight_T, importance_CF
-    ), target_TH
-
-
-def _hidden(weights: FFNWeights, x_TH: Tensor) -> Tensor:
-    """The activations (T, F), some tokens at a time: gate, up and product of all would be thrice as much."""
-    hidden_TF = x_TH.new_empty((len(x_TH), weights.neurons))
-    for hidden_tF, x_tH in zip(hidden_TF.split(CHUNK), x_TH.split(CHUNK)):
-        hidden_tF.copy_(weights.hidden(x_tH))
-    return hidden_TF
+    return LayerSample(layer, weights, seen.x_TH, seen.hidden_TF, weight_T, importance_CF), target_TH
 
 
 def _divide(sample: LayerSample, shape: ExpertShape, config: ConvertConfig) -> Partition:

@@ -107,42 +107,52 @@ def refit_down(
         down_HF: Wd, the projection as it is.
     """
     old_FH = down_HF.double().t()
-    fit = _moments(hidden_TF, target_TH, weight_T, ~held_out_T)
-    check = _moments(hidden_TF, target_TH, weight_T, held_out_T)
-    total = max(check.squared, 1e-300)
-    before = check.error(old_FH) / total
+    squared_T = weight_T.double() * target_TH.square().sum(1, dtype=torch.float64)
+    total = max(float(squared_T[held_out_T].sum()), 1e-300)
+    fit, check = (
+        _Moments.around(old_FH, *weighted_gram(hidden_TF, target_TH, weight_T, keep_T), squared_T[keep_T])
+        for keep_T in (~held_out_T, held_out_T)
+    )
+    before = check.squared / total
     best = Refit(down_HF, float("inf"), before, before)
     for lam in lambdas:
-        if (now := check.error(fit.solve(lam, old_FH)) / total) < best.error:
+        if (now := check.error(fit.solve(lam)) / total) < best.error:
             best = best._replace(lam=lam, error=now)
     if best.lam < float("inf"):
-        whole = _Moments(
-            fit.gram_FF + check.gram_FF, fit.cross_FH + check.cross_FH, fit.squared + check.squared
-        )
-        whole_FH = whole.solve(best.lam, old_FH)
+        whole_FH = old_FH + (fit + check).solve(best.lam)
         best = best._replace(down_HF=whole_FH.t().to(down_HF.dtype).contiguous())
     return best
 
 
 class _Moments(NamedTuple):
-    """All that least squares needs of the tokens: S (F, F), C (F, H) and sum w |t|^2, float64."""
+    """What least squares needs of the tokens, float64, r = t - Wd h being what the old projection leaves.
+
+    S = sum w h h^T (F, F), D = sum w h r^T (F, H) and sum w |r|^2.
+    """
 
     gram_FF: Tensor
     cross_FH: Tensor
     squared: float
 
-    def solve(self, lam: float, old_FH: Tensor) -> Tensor:
-        """(F, H) the projection for one lambda."""
+    @classmethod
+    def around(cls, old_FH: Tensor, gram_FF: Tensor, cross_FH: Tensor, squared_t: Tensor) -> _Moments:
+        """From S, ``sum w h t^T`` and the ``w |t|^2`` of the tokens."""
+        left_FH = cross_FH - gram_FF @ old_FH
+        squared = float(squared_t.sum() - (old_FH * (cross_FH + left_FH)).sum())
+        return cls(gram_FF, left_FH, squared)
+
+    def __add__(self, other: _Moments) -> _Moments:  # type: ignore[override]
+        return _Moments(
+            self.gram_FF + other.gram_FF, self.cross_FH + other.cross_FH, self.squared + other.squared
+        )
+
+    def solve(self, lam: float) -> Tensor:
+        """(F, H) what one lambda adds to the projection."""
         energy_F = self.gram_FF.diagonal()
         penalty_F = lam * (energy_F * energy_F.mean()).sqrt()
-        return old_FH + ridge(self.gram_FF, self.cross_FH - self.gram_FF @ old_FH, penalty_F)
+        return ridge(self.gram_FF, self.cross_FH, penalty_F)
 
-    def error(self, weight_FH: Tensor) -> float:
-        """``sum w |t - W h|^2``."""
-        explained = 2 * self.cross_FH - self.gram_FF @ weight_FH
-        return self.squared - float((weight_FH * explained).sum())
-
-
-def _moments(hidden_TF: Tensor, target_TH: Tensor, weight_T: Tensor, keep_T: Tensor) -> _Moments:
-    squared_T = weight_T.double() * target_TH.square().sum(1, dtype=torch.float64)
-    return _Moments(*weighted_gram(hidden_TF, target_TH, weight_T, keep_T), float(squared_T[keep_T].sum()))
+    def error(self, added_FH: Tensor) -> float:
+        """``sum w |r - A h|^2``."""
+        explained_FH = 2 * self.cross_FH - self.gram_FF @ added_FH
+        return self.squared - float((added_FH * explained_FH).sum())

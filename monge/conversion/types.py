@@ -92,6 +92,10 @@ class FFN(Protocol):
     def output_module(self) -> nn.Module:
         """Its forward returns y (..., H); the same module as ``input_module`` for gated FFNs."""
 
+    @property
+    def down_module(self) -> nn.Module:
+        """Its last projection, a linear map that is given the activations h (..., F)."""
+
     def read(self) -> FFNWeights:
         """A copy of the dense weights, float32."""
 

@@ -81,21 +81,35 @@ def measure_layers(
     """
     converted.eval()
     observer = observer or Silent()
+    device = next(converted.parameters()).device
+    with watched_layers(dense, converted, shares) as layers:
+        for ids_BL in chunks_NL.split(batch):
+            _run(converted, ids_BL.to(device))
+            observer.advance(len(ids_BL))
+    return layers
+
+
+@contextmanager
+def watched_layers(
+    dense: nn.Module, converted: nn.Module, shares: Mapping[int, float] | None = None
+) -> Iterator[list[LayerQuality]]:
+    """`measure_layers` of whatever ``converted`` is run on meanwhile; the list is filled at the end.
+
+    For figures that come with forwards which are made anyway.
+    """
     pairs = [
         _Pair(ffn, *_counterpart(dense, ffn, converted), (shares or {}).get(ffn.layer))
         for ffn in find_ffns(dense)
     ]
-    device = next(converted.parameters()).device
     hooks = [hook for pair in pairs for hook in pair.attach()]
+    layers: list[LayerQuality] = []
     try:
         with counted_loads(converted) as loads:
-            for ids_BL in chunks_NL.split(batch):
-                _run(converted, ids_BL.to(device))
-                observer.advance(len(ids_BL))
+            yield layers
+        layers += [pair.result(loads) for pair in pairs]
     finally:
         for hook in hooks:
             hook.remove()
-    return [pair.result(loads) for pair in pairs]
 
 
 @contextmanager
@@ -124,7 +138,10 @@ def oracle(model: nn.Module, shares: Mapping[int, float]) -> Iterator[None]:
 
 def oracle_output(weights: FFNWeights, x_TH: Tensor, share: float) -> Tensor:
     """(T, H): the FFN with, for each token, its ``round(share F)`` best neurons, at least one."""
-    hidden_TF = weights.hidden(x_TH)
+    return _best_neurons(weights, weights.hidden(x_TH), share)
+
+
+def _best_neurons(weights: FFNWeights, hidden_TF: Tensor, share: float) -> Tensor:
     keep = max(1, round(share * weights.neurons))
     best_TK = (hidden_TF.abs() * weights.down_HF.norm(dim=0)).topk(keep, dim=1).indices
     kept_TF = torch.zeros_like(hidden_TF).scatter(1, best_TK, hidden_TF.gather(1, best_TK))
@@ -159,11 +176,12 @@ class _Pair:
             y = y + self.block.beside(x)
         weights = self.ffn.read().to(x.device)
         x_TH, y_TH = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
-        dense_TH = weights(x_TH)
+        hidden_TF = weights.hidden(x_TH)
+        dense_TH = nnf.linear(hidden_TF, weights.down_HF, weights.down_bias_H)
         self.size += _energy(dense_TH)
         self.wrong += _energy(y_TH - dense_TH)
         if self.share is not None:
-            self.wrong_oracle += _energy(oracle_output(weights, x_TH, self.share) - dense_TH)
+            self.wrong_oracle += _energy(_best_neurons(weights, hidden_TF, self.share) - dense_TH)
 
     def result(self, loads: Mapping[int, Tensor]) -> LayerQuality:
         scale = 1 / max(self.size, torch.finfo(torch.float64).tiny)
