@@ -45,7 +45,7 @@ def ratios(old: list[Row], new: list[Row]) -> dict[str, float]:
 
 
 def load(path: str) -> tuple[Row, list[Row]]:
-    """The machine and the rows of a file that `benchmarks.timing.write_json` wrote."""
+    """The machine and the rows of a file that `benchmarks.figures.write_json` wrote."""
     try:
         content = json.loads(Path(path).read_text())
         return content["machine"], content["rows"]

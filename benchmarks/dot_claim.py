@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.dot_problem import FROM_LLOYD, QUICK, Cell, Problem, Sizes
-from benchmarks.timing import machine
+from benchmarks.figures import machine
 from monge.conversion.partition import METHODS
 from monge.workspace.writing import write_json
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import monge
-from benchmarks.timing import write_json
+from benchmarks.figures import write_json
 from monge.moe.parallel import shard_experts
 from monge.routing import use_group
 

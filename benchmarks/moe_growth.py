@@ -18,8 +18,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from benchmarks.timing import interleave, machine, write_json
+from benchmarks.figures import machine, write_json
 from monge.moe import Experts
+from monge.speed.timing import interleave
 
 BASE = {"T": 512, "E": 16, "K": 2, "I": 256}
 AXES = {

@@ -16,9 +16,11 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import interleave, write_json
+from benchmarks.figures import write_json
 from monge.moe import Experts
 from monge.moe.compute import PATHS, choose_path
+from monge.speed.candidates import transformers_experts
+from monge.speed.timing import interleave
 
 TOKENS = (1, 8, 32, 512, 2048)
 SIZES = {  # name -> H, I, E, K
@@ -59,20 +61,6 @@ def candidates(
             )
 
     return {name: lambda module=module: run(module) for name, module in modules.items()}  # type: ignore[misc]
-
-
-def transformers_experts(experts: Experts, implementation: str) -> torch.nn.Module:
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    config = MixtralConfig(
-        hidden_size=experts.dim, intermediate_size=experts.hidden, num_local_experts=experts.num_experts
-    )
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        theirs = MixtralExperts(config)
-    theirs.gate_up_proj, theirs.down_proj = experts.gate_up_proj, experts.down_proj
-    return theirs
 
 
 def main() -> None:

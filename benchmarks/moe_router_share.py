@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import monge
-from benchmarks.timing import interleave, machine, write_json
+from benchmarks.figures import machine, write_json
+from monge.speed.timing import interleave
 
 CASES = {"(2048, 16, 2)": (2048, 512, 1024, 16, 2), "(8192, 64, 4)": (8192, 1024, 2048, 64, 4)}
 P = 0.01

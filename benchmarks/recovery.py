@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.timing import machine
+from benchmarks.figures import machine
 from monge.conversion import METHODS, ConvertConfig, convert
 from monge.conversion.corpus import open_corpus, other_text
 from monge.conversion.evaluation import compare_models

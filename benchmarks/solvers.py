@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import solvers_assign, solvers_sinkhorn
-from benchmarks.timing import machine, write_json
+from benchmarks.figures import machine, write_json
 
 GROUPS = {"assign": solvers_assign.run, "sinkhorn": solvers_sinkhorn.run}
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.peers_assign import flow_solver, maxscore_released, scipy_rounds
-from benchmarks.timing import interleave
 from monge.ot import assign
 from monge.ot.assignment.exact import solve_exact
+from monge.speed.timing import interleave
 
 LARGE = [(8192, 64, 8), (16384, 128, 8)]
 SHAPES = [(512, 16, 2), (2048, 32, 2), *LARGE]

@@ -11,11 +11,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from benchmarks.timing import interleave
 from monge.ot import sinkhorn
 from monge.ot.entropic import cpu_kernels as kernels
 from monge.ot.entropic.cpu_forms import CompiledForm
 from monge.ot.entropic.iteration import Stopping
+from monge.speed.timing import interleave
 
 SIZES = [(1024, 16), (8192, 64), (18944, 148)]
 BIG = (262_144, 64)  # 64 MiB of float32: more than the last cache of most machines

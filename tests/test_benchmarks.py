@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 
 from benchmarks import compare, moe_growth
-from benchmarks.moe_dense import THEIRS, candidates
-from benchmarks.timing import interleave, peak_bytes
 
 OLD = [
     {"case": "a", "T": 1, "ms": {"ours": 2.0, "theirs": 8}, "ratio": 4.0},
@@ -70,28 +66,3 @@ def test_exponents_of_a_power_and_of_a_cliff():
     assert fitted == pytest.approx(1.5)
     assert steepest == pytest.approx(1.5)
     assert moe_growth.exponents(sizes, [1.0, 2.0, 4.0, 64.0])[1] == pytest.approx(4.0)
-
-
-def test_interleave_takes_the_clock_it_is_given():
-    ticks = itertools.count()
-    seconds = interleave({"a": lambda: None}, repeats=3, warmup=0, clock=lambda: float(next(ticks)))
-    assert seconds == {"a": 1.0}
-
-
-def test_peak_counts_what_a_call_holds():
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("Linux only")
-    assert peak_bytes(lambda: torch.ones(2**24)) >= 0.9 * 2**26
-    assert peak_bytes(lambda: None) < 2**24
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_the_candidates_beside_the_dense_ffn_do_the_same_work(backward):
-    pytest.importorskip("transformers")
-    runs = candidates(16, 8, 4, 2, 6, torch.float32, 32, backward=backward)
-    assert set(runs) == {"dense", "monge", *(f"transformers {name}" for name in THEIRS)}
-    results = {name: run() for name, run in runs.items() if name != "dense"}
-    ours = results.pop("monge")
-    for theirs in results.values():
-        for a, b in zip(ours, theirs) if backward else [(ours, theirs)]:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -41,6 +41,9 @@ COMMANDS = {
     "eval": Command("monge.cli.eval", "measure what a converted model kept, and what it saves", resumes=True),
     "audit": Command("monge.cli.audit", "see what the routing of any Mixture of Experts does"),
     "generate": Command("monge.cli.generate", "write text with a dense or a converted model"),
+    "bench": Command(
+        "monge.cli.bench", "time the experts and whole models beside the alternatives", resumes=True
+    ),
     "report": Command("monge.cli.report", "draw the figures and the report of a run again"),
 }
 

@@ -11,12 +11,13 @@ import tyro
 from rich.console import Console
 
 from monge.cli.audit import report_audit
+from monge.cli.bench import report_speed
 from monge.cli.terminal import make_console, print_paths, print_results, say
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Draw the figures and the report of a run of compare, convert, eval or audit again, finished or not."""
+    """Draw figures and report of a run of compare, convert, eval, audit or bench again, finished or not."""
 
     folder: tyro.conf.Positional[Path]
     """The folder that was --out of the run."""
@@ -37,6 +38,10 @@ def run(arguments: list[str]) -> None:
         if parsed.beside:
             raise ValueError("--beside is for folders of convert and eval: an audit is of one model")
         report_audit(console, parsed.folder)
+    elif command == "bench":
+        if parsed.beside:
+            raise ValueError("--beside is for folders of convert and eval: a benchmark stands alone")
+        report_speed(console, parsed.folder)
     elif command != "compare":
         report_conversion(console, parsed.folder, parsed.beside)
     elif parsed.beside:

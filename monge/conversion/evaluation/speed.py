@@ -12,12 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from monge.conversion.evaluation.contenders import Contender
 from monge.conversion.observer import Observer, Silent
 
 
@@ -35,7 +37,7 @@ class Speed:
 
 
 def measure_speed(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Contender],
     prompt_L: Tensor,
     *,
     decode: int = 32,
@@ -45,7 +47,7 @@ def measure_speed(
     """Time every model on the same prompt; a first turn warms up and is not counted.
 
     Args:
-        models: name -> causal language model of transformers.
+        models: name -> causal language model of transformers, or how to have one (`contenders`).
         prompt_L: int64 token ids.
         decode: tokens to generate after the prompt.
         turns: how often each model is timed.
@@ -63,7 +65,8 @@ def measure_speed(
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for turn in range(turns + 1):
         for name, model in models.items():
-            seconds = _timed(model, prompt_L, decode)
+            with nullcontext(model) if isinstance(model, nn.Module) else model() as ready:
+                seconds = _timed(ready, prompt_L, decode)
             if turn:
                 times[name].append(seconds)
             observer.advance()

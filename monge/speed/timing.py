@@ -7,16 +7,10 @@ machine's speed touches all of them alike. Absolute times are for orientation; t
 from __future__ import annotations
 
 import gc
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
-
-import torch
 
 
 def interleave(
@@ -73,30 +67,3 @@ def peak_bytes(call: Callable[[], object]) -> int:
     before = kibibytes("VmRSS")
     call()
     return 1024 * max(0, kibibytes("VmHWM") - before)
-
-
-def machine() -> dict[str, object]:
-    """What the figures were taken on: processor, cores, load, versions and the date."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = models[0] if models else cpu
-    return {
-        "date": date.today().isoformat(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def write_json(path: str | Path, rows: list[dict[str, object]]) -> None:
-    """Write ``{"machine": ..., "rows": rows}`` to ``path``, creating its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
