@@ -51,10 +51,15 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## the solvers and the layer beside their peers, as ratios (runs/bench); benchmarks/compare.py
+$(VENV)/.peers: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[peers]'
+	@touch $@
+
+bench: $(VENV)/.peers  ## the solvers and the layer beside their peers, as ratios (runs/bench); benchmarks/compare.py
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks.solvers --out runs/bench/solvers.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.moe_paths --tokens 32 2048 --dtypes float32 --out runs/bench/layer.json
 	$(BIN)/monge bench --out runs/bench/speed
+	$(BIN)/python -m benchmarks.peers_layer --out runs/bench/peers.json
 	$(BIN)/python -m benchmarks.moe_router_share --out runs/bench/router_share.json
 	$(BIN)/python -m benchmarks.moe_growth --out runs/bench/growth.json --plot runs/bench/growth.svg
 
