@@ -117,7 +117,7 @@ def observe(streams: Streams, ffn: FFN, between: Callable[[Tensor], None] | None
         drift_TH = x_dense_TH - x_TH if split else None
         return Observation(x_TH, y_TH, hidden_TF, drift_TH, None, None)
     residual_NLH = out_NLH.sub_(y_TH.view_as(out_NLH), alpha=factor)
-    drift_TH = (dense_NLH.view_as(y_TH) - residual_NLH.view_as(y_TH)) / factor - y_dense_TH
+    drift_TH = (dense_NLH.view_as(y_TH) - residual_NLH.view_as(y_TH)).div_(factor).sub_(y_dense_TH)
     return Observation(x_TH, y_TH, hidden_TF, drift_TH, residual_NLH, factor)
 
 

@@ -36,7 +36,7 @@ def token_weights(y_TH: Tensor, target_TH: Tensor) -> Tensor:
     A relative error, bounded where the output is small and where it is huge: a few tokens with massive
     activations would else decide the fit of the middle layers.
     """
-    y_T, target_T = y_TH.square().sum(1), target_TH.square().sum(1)
+    y_T, target_T = (torch.linalg.vector_norm(x_TH, dim=1).square() for x_TH in (y_TH, target_TH))
     weight_T = 1 / (torch.maximum(y_T, target_T) + y_T.median()).clamp_min(torch.finfo(y_T.dtype).tiny)
     return weight_T / weight_T.mean()
 
@@ -107,7 +107,7 @@ def refit_down(
         down_HF: Wd, the projection as it is.
     """
     old_FH = down_HF.double().t()
-    squared_T = weight_T.double() * target_TH.square().sum(1, dtype=torch.float64)
+    squared_T = weight_T.double() * torch.linalg.vector_norm(target_TH, dim=1).double().square()
     total = max(float(squared_T[held_out_T].sum()), 1e-300)
     fit, check = (
         _Moments.around(old_FH, *weighted_gram(hidden_TF, target_TH, weight_T, keep_T), squared_T[keep_T])
