@@ -34,6 +34,8 @@ class Arguments:
     """How it is converted, on which text."""
     out: Path = Path("runs/convert")
     """Folder for model/ (the checkpoint), config.json, records.jsonl, summary.json and report.html."""
+    stream: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave the layers of the model on disk and read each when its turn comes, for one larger than memory."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False  # `main` has read it already; declared for the help
     """Show the traceback of an error."""
 
@@ -48,10 +50,12 @@ def run(arguments: list[str]) -> None:
         description=inspect.getdoc(Arguments),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    convert_and_report(parsed.model, parsed.settings, parsed.out)
+    convert_and_report(parsed.model, parsed.settings, parsed.out, stream=parsed.stream)
 
 
-def convert_and_report(model: str | Path, settings: ConvertConfig, out: Path) -> dict[str, Any]:
+def convert_and_report(
+    model: str | Path, settings: ConvertConfig, out: Path, *, stream: bool = False
+) -> dict[str, Any]:
     """Convert with live progress, print the figures, write the report; returns the summary."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("this needs transformers, not installed here: pip install 'monge[hf]'.")
@@ -60,7 +64,7 @@ def convert_and_report(model: str | Path, settings: ConvertConfig, out: Path) ->
     console = make_console()
     say(console, f"{model} to {out}")
     with make_stage_progress(console) as progress:
-        result = convert(model, settings, out=out, observer=progress)
+        result = convert(model, settings, out=out, observer=progress, stream=stream)
     _print(console, result.summary)
     say(console, f"model    {result.path}")
     report_if_possible(console, out)

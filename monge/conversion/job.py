@@ -22,6 +22,7 @@ from monge.conversion.partition import METHODS
 from monge.conversion.plan import Plan, make_plan
 from monge.conversion.source import Source, open_model
 from monge.conversion.stages import Stages
+from monge.conversion.streaming import model_on_disk
 from monge.conversion.types import FFN
 from monge.workspace.records import Record, Records
 from monge.workspace.run import begin_run, check_digest, stored_run
@@ -80,15 +81,21 @@ def open_job(
     tokenizer: Any,
     inputs: Tensor | None,
     observer: Observer,
+    stream: bool = False,
 ) -> Job:
     """Open model, text and folder, and find out before any work what cannot be done.
+
+    Args:
+        stream: leave the layers of the model on disk; see `monge.conversion.convert`.
 
     Raises:
         ValueError: a model, text or setting that cannot be used, or a folder of another conversion.
         OSError: the folder cannot be written or is too small.
     """
     _check_method(config)
-    source, reopen = _open(model, tokenizer)
+    if stream:
+        _check_stream(model, config, out)
+    source, reopen = _open(model, tokenizer, stream)
     ffns = find_ffns(source.model)
     settings = asdict(config)
     config = _with_ffn_share(config, source.model, ffns)
@@ -159,9 +166,31 @@ def _check_method(config: ConvertConfig) -> None:
         raise ValueError(f"there is no target {config.to!r}; targets: auto, {', '.join(TARGETS)}")
 
 
-def _open(model: str | Path | nn.Module, tokenizer: Any) -> tuple[Source, Callable[[], nn.Module]]:
+def _check_stream(model: str | Path | nn.Module, config: ConvertConfig, out: Path | None) -> None:
+    if isinstance(model, nn.Module) or out is None:
+        raise ValueError("stream is for a checkpoint's folder or hub name, converted into a folder (out=...)")
+    methods = [METHODS[name] for name in (config.method, config.start) if name]
+    whole = {
+        f"method {config.method!r}": any(m.function is None or m.needs_gradients for m in methods),
+        f"router {config.router!r}": config.router == "trained",
+        "static pruning": METHODS[config.method].dense,
+        "fine-tuning": config.minutes > 0,
+    }
+    if needs := [name for name, applies in whole.items() if applies]:
+        raise ValueError(
+            f"{needs[0]} needs the whole model in memory, and --stream leaves its layers on disk: leave "
+            "--stream out, or take a method that works layer by layer, such as ot_lloyd with router ridge "
+            "and minutes 0"
+        )
+
+
+def _open(
+    model: str | Path | nn.Module, tokenizer: Any, stream: bool
+) -> tuple[Source, Callable[[], nn.Module]]:
     if not isinstance(model, nn.Module):
-        source = open_model(model)
+        source = open_model(model, stream=stream)
+        if stream:
+            return source, lambda: model_on_disk(type(source.model), source.path)
         return source, lambda: open_model(model).model
     for parameter in model.parameters():
         if parameter.dtype != torch.float32:

@@ -39,7 +39,7 @@ class ConvertResult:
 
     Attributes:
         model: the source's transformers model with `monge.MoE` in the place of its FFNs (narrower FFNs after
-            static pruning), float32, in evaluation mode.
+            static pruning), float32, in evaluation mode; with ``stream`` its layers are on disk, in ``out``.
         tokenizer: the source's.
         summary: perplexity, perplexity_dense, kl (nats per token), agreement (share of equal first choices),
             ffn_active, params_active, params_total, seconds (of the start that
@@ -62,6 +62,7 @@ def convert(
     tokenizer: Any = None,
     inputs: Tensor | None = None,
     observer: Observer | None = None,
+    stream: bool = False,
 ) -> ConvertResult:
     """Turn the dense FFNs of ``model`` into Mixtures of Experts.
 
@@ -73,6 +74,9 @@ def convert(
         inputs: calibration inputs for a model that reads no text, such as images (N, channels, height,
             width).
         observer: is told of the progress.
+        stream: for a model larger than memory: its layers stay on disk, each is read when its turn comes, and
+            the checkpoint is written layer by layer. Embeddings and head are held, and what a layer needs for
+            its conversion. The result is the same. For methods that work layer by layer, without fine-tuning.
 
     Raises:
         ValueError: a model, text or setting that cannot be used, or a folder of another conversion; the
@@ -93,7 +97,7 @@ def convert(
     folder = None if out is None else Path(out)
     with _threads(config.threads):
         began = time.perf_counter()
-        job = open_job(model, config, folder, tokenizer, inputs, observer)
+        job = open_job(model, config, folder, tokenizer, inputs, observer, stream)
         for line in job.plan.lines():
             observer.message(line)
         _transform(job)
