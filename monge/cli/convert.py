@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from monge.cli.launching import joined
 from monge.cli.observing import make_stage_progress
 from monge.cli.report import report_if_possible
 from monge.cli.terminal import make_console, say
@@ -25,7 +26,7 @@ class Arguments:
 
     Calibrates, divides the neurons of every layer, fits its router and refits its output projection in closed
     form, fine-tunes within --minutes, and measures the result on held-out text. Repeating the command after
-    an interruption goes on where it stopped.
+    an interruption goes on where it stopped. Under torchrun all processes share the steps of fine-tuning.
     """
 
     model: tyro.conf.Positional[str]
@@ -61,13 +62,15 @@ def convert_and_report(
         raise ImportError("this needs transformers, not installed here: pip install 'monge[hf]'.")
     from monge.conversion import convert
 
-    console = make_console()
-    say(console, f"{model} to {out}")
-    with make_stage_progress(console) as progress:
-        result = convert(model, settings, out=out, observer=progress, stream=stream)
-    _print(console, result.summary)
-    say(console, f"model    {result.path}")
-    report_if_possible(console, out)
+    with joined() as prints:
+        console = make_console(quiet=not prints)
+        say(console, f"{model} to {out}")
+        with make_stage_progress(console) as progress:
+            result = convert(model, settings, out=out, observer=progress, stream=stream)
+        _print(console, result.summary)
+        say(console, f"model    {result.path}")
+        if prints:
+            report_if_possible(console, out)
     return result.summary
 
 

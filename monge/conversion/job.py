@@ -24,6 +24,7 @@ from monge.conversion.source import Source, open_model
 from monge.conversion.stages import Stages
 from monge.conversion.streaming import model_on_disk
 from monge.conversion.types import FFN
+from monge.workspace.ranks import ALONE, Ranks
 from monge.workspace.records import Record, Records
 from monge.workspace.run import begin_run, check_digest, stored_run
 from monge.workspace.writing import prepare_folder, write_json
@@ -44,6 +45,7 @@ class Job:
         chunks: calibration inputs, of one size.
         corpus: None for a model that reads no text.
         about: what stands in config.json.
+        ranks: the processes that share the work; the first alone writes records and config.json.
     """
 
     source: Source
@@ -59,6 +61,7 @@ class Job:
     stages: Stages = field(default_factory=lambda: Stages(None))
     records: Records | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def record(self, row: Record) -> None:
         """Append to records.jsonl, replacing the row that an interrupted start wrote for the same thing."""
@@ -70,7 +73,7 @@ class Job:
     def remember(self, **values: Any) -> None:
         """Add to config.json what was decided before a stage began, such as its number of steps."""
         self.about |= values
-        if self.out is not None:
+        if self.out is not None and self.ranks.first:
             write_json(self.out / "config.json", self.about)
 
 
@@ -82,11 +85,13 @@ def open_job(
     inputs: Tensor | None,
     observer: Observer,
     stream: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Open model, text and folder, and find out before any work what cannot be done.
 
     Args:
         stream: leave the layers of the model on disk; see `monge.conversion.convert`.
+        ranks: the processes of the job, of which the first opens the folder before the others do.
 
     Raises:
         ValueError: a model, text or setting that cannot be used, or a folder of another conversion.
@@ -100,7 +105,7 @@ def open_job(
     settings = asdict(config)
     config = _with_ffn_share(config, source.model, ffns)
     plan = make_plan(source, ffns, config)
-    if out is not None:
+    if out is not None and ranks.first:
         prepare_folder(out, needed=COPIES * sum(p.nbytes for p in source.model.parameters()))
     stored = None if out is None else stored_run(out, "convert", settings)
     if stored is not None and out is not None:
@@ -114,7 +119,9 @@ def open_job(
     job = Job(source, reopen, ffns, plan, config, _gates(source, ffns, config), chunks, corpus, observer)
     if out is None:
         return job
-    job.out, job.stages, job.records = out, Stages(out / "stages"), Records(out / "records.jsonl")
+    job.out, job.stages, job.ranks = out, Stages(out / "stages"), ranks
+    if ranks.first:
+        job.records = Records(out / "records.jsonl")
     if stored is not None:
         check_digest(out, "text", stored["data"]["digest"], digest)
         job.about = stored

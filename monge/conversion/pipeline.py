@@ -8,6 +8,7 @@ interruption, to the same bits at the same number of threads.
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from monge.conversion.observer import Observer, Silent
 from monge.conversion.temperature import calibrate_certainty
 from monge.conversion.training import aligned_partitions, finetune_model, importance_of
 from monge.workspace.machine import usable_cores
+from monge.workspace.ranks import Ranks
 from monge.workspace.writing import write_json
 
 MODEL_FOLDER = "model"
@@ -66,6 +68,9 @@ def convert(
 ) -> ConvertResult:
     """Turn the dense FFNs of ``model`` into Mixtures of Experts.
 
+    Where ``torch.distributed`` is initialised all processes call this alike, with one folder: they share the
+    steps of fine-tuning; the first does what comes before and after, writes, and gives its summary to all.
+
     Args:
         model: a folder of safetensors, a .gguf file, a hub name, or a transformers model, which is copied.
         config: `ConvertConfig`.
@@ -93,22 +98,35 @@ def convert(
         PosixPath('smol/model')
     """
     config = config or ConvertConfig()
-    observer = observer or Silent()
+    ranks = Ranks.here()
+    observer = observer if observer is not None and ranks.first else Silent()
     folder = None if out is None else Path(out)
+    if ranks.size > 1 and folder is None:
+        raise ValueError("several processes find each other's stages in a folder: give out")
+    if config.minutes:
+        ranks.check_batch(config.batch)
     with _threads(config.threads):
         began = time.perf_counter()
-        job = open_job(model, config, folder, tokenizer, inputs, observer, stream)
+        with ranks.first_alone():
+            job = open_job(model, config, folder, tokenizer, inputs, observer, stream, ranks)
         for line in job.plan.lines():
             observer.message(line)
-        _transform(job)
-        summary = assess(job)
-        summary |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
-        path = _write(job, summary)
+        with ranks.first_alone():
+            _transform(job)
+        finetune_model(job)
+        if ranks.first:
+            summary = assess(job)
+            summary |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
+            path = _write(job, summary)
+        ranks.wait()
+        if not ranks.first:
+            assert folder is not None
+            summary, path = json.loads((folder / "summary.json").read_text()), folder / MODEL_FOLDER
     return ConvertResult(job.source.model, job.source.tokenizer, config, summary, path)
 
 
 def _transform(job: Job) -> None:
-    """The model of the job becomes the converted one."""
+    """The model of the job becomes the converted one, but for fine-tuning."""
     importance = importance_of(job)
     given = aligned_partitions(job, importance)
     convert_layers(
@@ -126,7 +144,6 @@ def _transform(job: Job) -> None:
     if job.config.refit and job.source.causal and job.corpus is not None:
         scale = calibrate_certainty(job.source.model, job.reopen(), job.corpus.selection_NL)
         job.record({"kind": "scale", "scale": scale})
-    finetune_model(job)
 
 
 def _write(job: Job, summary: dict[str, Any]) -> Path | None:
