@@ -101,8 +101,11 @@ def convert(
     ranks = Ranks.here()
     observer = observer if observer is not None and ranks.first else Silent()
     folder = None if out is None else Path(out)
-    if ranks.size > 1 and folder is None:
-        raise ValueError("several processes find each other's stages in a folder: give out")
+    if ranks.size > 1 and (folder is None or stream):
+        raise ValueError(
+            f"{ranks.size} processes share the fine-tuning of a whole model, and find stages in one "
+            "folder: give out, and leave stream to a single process"
+        )
     if config.minutes:
         ranks.check_batch(config.batch)
     with _threads(config.threads):

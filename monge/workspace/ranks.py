@@ -82,13 +82,19 @@ class Ranks:
         if self.first:
             self.wait()
 
+    def total(self, values: Tensor) -> Tensor:
+        """Summed over the processes, on the CPU."""
+        if self.size == 1:
+            return values
+        total = values.detach().cpu().clone()
+        dist.all_reduce(total, group=self.waiting)
+        return total
+
     def mean(self, values: Sequence[float]) -> list[float]:
         """Over the processes, float64, the same on all."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.waiting)
-        return (total / self.size).tolist()
+        return (self.total(torch.tensor(values, dtype=torch.float64)) / self.size).tolist()
 
     def decided(self, value: int) -> int:
         """The value that the first process has."""

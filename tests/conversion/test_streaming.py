@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupting import Stop, StopsAt
 from safetensors.torch import load_file, save_file
 
 from monge.conversion import ConvertConfig, convert, load
-from monge.conversion.observer import Silent
 from monge.conversion.on_disk import in_memory, layers_on_disk
 from monge.conversion.source import open_model
 
@@ -76,25 +76,6 @@ def test_the_checkpoint_is_that_of_the_ordinary_conversion(
     for row, other in zip(*rows, strict=True):
         assert row.keys() == other.keys()
         assert row.get("error", 0.0) == pytest.approx(other.get("error", 0.0), rel=1e-4)
-
-
-class Stop(Exception):
-    pass
-
-
-class StopsAt(Silent):
-    """Interrupts at the given step of the given stage."""
-
-    def __init__(self, stage, step):
-        self.wanted, self.step, self.now, self.done = stage, step, "", 0
-
-    def stage(self, name, total):
-        self.now, self.done = name, 0
-
-    def advance(self, steps=1, note=""):
-        self.done += steps
-        if self.now == self.wanted and self.done >= self.step:
-            raise Stop
 
 
 def test_interrupted_it_goes_on_to_the_same_bits(tiny_folder, config, tmp_path):

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 LAYERS, BOUND = 40, 300_000_000
 SIZES = {
     "vocab_size": 320,  # that of the tiny tokenizer
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 3,
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 512,
 }
 
