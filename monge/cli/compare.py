@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from monge.cli.launching import joined
 from monge.cli.progress import make_progress
 from monge.cli.terminal import make_console, print_paths, print_results, say
 from monge.lab.config import CompareConfig, ExperimentConfig, VisionConfig
@@ -22,7 +23,8 @@ _NEEDED = ("transformers", "tokenizers", "matplotlib")
 class TextArguments:
     """Train small models on real text or images that differ in their router alone, and compare them.
 
-    Repeating the command after an interruption goes on where it stopped.
+    Repeating the command after an interruption goes on where it stopped. Under torchrun all processes share
+    every batch.
     """
 
     settings: CompareConfig
@@ -66,15 +68,16 @@ def compare_and_report(settings: ExperimentConfig, out: Path) -> None:
     from monge.lab import compare
     from monge.viz import figure_paths, headline, read_comparison, write_report
 
-    console = make_console()
-    runs = len(settings.routers) * settings.seeds
-    say(
-        console, f"{runs} runs of {settings.steps} steps ({', '.join(settings.routers)}); records go to {out}"
-    )
-    with make_progress(console) as progress:
-        rows = compare(settings, out, observer=progress)
-    print_results(console, rows, headline(read_comparison(out)))
-    print_paths(console, write_report(out), figure_paths(out))
+    with joined(settings.device) as prints:
+        console = make_console(quiet=not prints)
+        runs = len(settings.routers) * settings.seeds
+        names = ", ".join(settings.routers)
+        say(console, f"{runs} runs of {settings.steps} steps ({names}); records go to {out}")
+        with make_progress(console) as progress:
+            rows = compare(settings, out, observer=progress)
+        if prints:
+            print_results(console, rows, headline(read_comparison(out)))
+            print_paths(console, write_report(out), figure_paths(out))
 
 
 def _preset(arguments: list[str]) -> str:

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from monge.cli.launching import joined
 from monge.cli.observing import make_stage_progress
 from monge.cli.report import report_if_possible
 from monge.cli.terminal import make_console, say
@@ -25,7 +26,7 @@ class Arguments:
 
     Calibrates, divides the neurons of every layer, fits its router and refits its output projection in closed
     form, fine-tunes within --minutes, and measures the result on held-out text. Repeating the command after
-    an interruption goes on where it stopped.
+    an interruption goes on where it stopped. Under torchrun all processes share the steps of fine-tuning.
     """
 
     model: tyro.conf.Positional[str]
@@ -34,6 +35,8 @@ class Arguments:
     """How it is converted, on which text."""
     out: Path = Path("runs/convert")
     """Folder for model/ (the checkpoint), config.json, records.jsonl, summary.json and report.html."""
+    stream: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave the layers of the model on disk and read each when its turn comes, for one larger than memory."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False  # `main` has read it already; declared for the help
     """Show the traceback of an error."""
 
@@ -48,22 +51,26 @@ def run(arguments: list[str]) -> None:
         description=inspect.getdoc(Arguments),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    convert_and_report(parsed.model, parsed.settings, parsed.out)
+    convert_and_report(parsed.model, parsed.settings, parsed.out, stream=parsed.stream)
 
 
-def convert_and_report(model: str | Path, settings: ConvertConfig, out: Path) -> dict[str, Any]:
+def convert_and_report(
+    model: str | Path, settings: ConvertConfig, out: Path, *, stream: bool = False
+) -> dict[str, Any]:
     """Convert with live progress, print the figures, write the report; returns the summary."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("this needs transformers, not installed here: pip install 'monge[hf]'.")
     from monge.conversion import convert
 
-    console = make_console()
-    say(console, f"{model} to {out}")
-    with make_stage_progress(console) as progress:
-        result = convert(model, settings, out=out, observer=progress)
-    _print(console, result.summary)
-    say(console, f"model    {result.path}")
-    report_if_possible(console, out)
+    with joined() as prints:
+        console = make_console(quiet=not prints)
+        say(console, f"{model} to {out}")
+        with make_stage_progress(console) as progress:
+            result = convert(model, settings, out=out, observer=progress, stream=stream)
+        _print(console, result.summary)
+        say(console, f"model    {result.path}")
+        if prints:
+            report_if_possible(console, out)
     return result.summary
 
 

@@ -21,10 +21,10 @@ _DROPPED_FIRST = (
 )  # fmt: skip
 
 
-def make_console() -> Console:
-    """A console on stdout, wide enough for the table when it is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+def make_console(*, quiet: bool = False) -> Console:
+    """A console on stdout, wide enough for the table when it is no terminal; a quiet one prints nothing."""
+    console = Console(highlight=False, quiet=quiet)
+    return console if console.is_terminal else Console(highlight=False, width=120, quiet=quiet)
 
 
 def say(console: Console, text: str) -> None:

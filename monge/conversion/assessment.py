@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from monge.conversion.evaluation import (
     active_shares,
@@ -18,8 +19,10 @@ from monge.conversion.evaluation import (
 )
 from monge.conversion.evaluation.layers import watched_layers
 from monge.conversion.job import Job
+from monge.conversion.on_disk import layers_on_disk
 
 TEXT = "held-out"
+LOGITS = 2**26  # of two models in a forward whose layers are read from disk: 256 MB
 
 
 @torch.no_grad()
@@ -47,9 +50,18 @@ def assess(job: Job) -> dict[str, Any]:
         return summary | {"cosine": figures["cosine"]}
     job.observer.stage("evaluate", len(held_out_NL))
     with watched_layers(dense, converted, active_shares(converted, dense)) as layers:
-        quality = compare_models(dense, converted, held_out_NL, observer=job.observer)
+        batch = _batch(converted, held_out_NL)
+        quality = compare_models(dense, converted, held_out_NL, batch=batch, observer=job.observer)
     figures = asdict(quality)
     job.record({"kind": "eval", "model": "converted", "text": TEXT, "k_offset": 0, **figures})
     for layer in layers:
         job.record({"kind": "layer_eval", **asdict(layer), "dead": layer.dead})
     return {name: figures[name] for name in ("perplexity", "perplexity_dense", "kl", "agreement")} | summary
+
+
+def _batch(model: Any, chunks_NL: Tensor) -> int:
+    """Sequences in a forward: one, or as many as `LOGITS` allows where each forward reads all layers."""
+    if not layers_on_disk(model):
+        return 1
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return max(1, LOGITS // (2 * chunks_NL.shape[1] * vocabulary))

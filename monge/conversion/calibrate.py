@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from monge.conversion.ffn import layers_of
 from monge.conversion.linear import shape_of
+from monge.conversion.on_disk import in_memory
 from monge.conversion.types import FFN
 
 BATCH_TOKENS = 1024  # of one pass through a layer; larger activations leave the caches and cost a fifth more
@@ -85,7 +86,8 @@ def start_streams(model: nn.Module, ffns: Sequence[FFN], chunks: Tensor) -> Stre
     finally:
         for handle in handles:
             handle.remove()
-    dense_NLH = torch.cat(list(_inputs_of_first(model, layers, chunks)))
+    with in_memory(layers[0]):  # which is called with every batch
+        dense_NLH = torch.cat(list(_inputs_of_first(model, layers, chunks)))
     check_finite(dense_NLH, "the embedding")
     return Streams(layers, calls, dense_NLH, dense_NLH.clone())
 

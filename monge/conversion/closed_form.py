@@ -2,6 +2,8 @@
 
     streams --> observe --> convert_layer --> install --> advance --> [stage files] --> next layer
 
+A layer that lies on disk is read for its turn, and what it became is written for the layer to be read from.
+
 Shapes: N sequences, L tokens in each, H model width, C clusters of tokens, F neurons.
 """
 
@@ -22,6 +24,7 @@ from monge.conversion.calibrate import Streams, advance, observe, skip, start_st
 from monge.conversion.config import ConvertConfig
 from monge.conversion.layerwise import ALPHA, ConvertedLayer, convert_layer, divide_layer, held_out
 from monge.conversion.observer import Observer
+from monge.conversion.on_disk import keep
 from monge.conversion.refit import Refit
 from monge.conversion.stages import Stages
 from monge.conversion.types import FFN, Partition
@@ -85,34 +88,50 @@ def convert_layers(
     observer.advance(streams.layer)
     for ffn in ffns[streams.layer :]:
         began = time.perf_counter()
-        if ffn.layer in wanted:
-            attention: dict[str, Tensor] = {}
-            between = partial(_refit_attention, streams, ffn, attention) if config.refit else None
-            seen, weights = observe(streams, ffn, between), ffn.read()
-            converted, y_TH = convert_layer(
-                seen,
-                weights,
-                config,
-                gates,
-                layer=ffn.layer,
-                sequence=streams.dense_NLH.shape[1],
-                given=given.get(ffn.layer),
-                importance_CF=importance.get(ffn.layer),
-            )
-            converted.install(ffn, gates)
-            advance(streams, ffn, seen, y_TH)
-            _save(stages, ffn, converted, attention)
-            note = f"error {converted.refit.error:.3f}"
-            record({**_described(ffn, converted), "seconds": time.perf_counter() - began})
-        else:
-            skip(streams, ffn)
-            note = "stays dense"
+        with ffn.in_memory():
+            if ffn.layer in wanted:
+                row = _convert(streams, ffn, config, stages, gates, given, importance)
+                record({**row, "seconds": time.perf_counter() - began})
+                note = f"error {row['error']:.3f}"
+            else:
+                skip(streams, ffn)
+                note = "stays dense"
         stages.save(
             STREAMS,
             {"dense": streams.dense_NLH, "converted": streams.converted_NLH},
             {"layer": streams.layer},
         )
         observer.advance(1, note)
+
+
+def _convert(
+    streams: Streams,
+    ffn: FFN,
+    config: ConvertConfig,
+    stages: Stages,
+    gates: str,
+    given: Mapping[int, Partition],
+    importance: Mapping[int, Tensor],
+) -> dict[str, Any]:
+    """Convert one layer, write its stage files and move the streams past it; returns its record."""
+    attention: dict[str, Tensor] = {}
+    between = partial(_refit_attention, streams, ffn, attention) if config.refit else None
+    seen, weights = observe(streams, ffn, between), ffn.read()
+    converted, y_TH = convert_layer(
+        seen,
+        weights,
+        config,
+        gates,
+        layer=ffn.layer,
+        sequence=streams.dense_NLH.shape[1],
+        given=given.get(ffn.layer),
+        importance_CF=importance.get(ffn.layer),
+    )
+    converted.install(ffn, gates)
+    advance(streams, ffn, seen, y_TH)
+    _save(stages, ffn, converted, attention)
+    keep(streams.layers[ffn.layer], stages, _weights_name(ffn))
+    return _described(ffn, converted)
 
 
 def _resume(
@@ -134,10 +153,12 @@ def _resume(
     wanted = set(config.layers_of(len(ffns)))
     for ffn in ffns[: streams.layer]:
         if ffn.layer in wanted:
-            converted, attention_HA = _load(stages, ffn, config)
-            if attention_HA is not None:
-                put_attention(streams, ffn, attention_HA)
-            converted.install(ffn, gates)
+            with ffn.in_memory():
+                converted, attention_HA = _load(stages, ffn, config)
+                if attention_HA is not None:
+                    put_attention(streams, ffn, attention_HA)
+                converted.install(ffn, gates)
+                keep(streams.layers[ffn.layer], stages, _weights_name(ffn))
     return streams
 
 
@@ -160,6 +181,10 @@ def _save(stages: Stages, ffn: FFN, converted: ConvertedLayer, attention: dict[s
         },
         {"lam": refit.lam, "error": refit.error, "error_before": refit.error_before},
     )
+
+
+def _weights_name(ffn: FFN) -> str:
+    return f"weights-{ffn.layer:03d}"  # of a whole layer, where the model lies on disk
 
 
 def _load(stages: Stages, ffn: FFN, config: ConvertConfig) -> tuple[ConvertedLayer, Tensor | None]:

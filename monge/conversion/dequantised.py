@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from monge.conversion.source import INSTALL_HF, load_checked, quiet, sha256_of
+from monge.conversion.source import INSTALL_HF, load_checked, quiet
+from monge.conversion.weight_files import sha256_of
 from monge.workspace.writing import write_json
 
 SEAL = "monge_cache.json"  # written last: the digests of the GGUF file and of the weights made from it

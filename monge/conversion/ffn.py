@@ -11,7 +11,7 @@ Shapes: H model width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from monge.conversion.layouts import LOOKED_FOR, activation_name, functions_in, layouts_of
 from monge.conversion.linear import is_linear, read_linear, shape_of, write_linear
+from monge.conversion.on_disk import in_memory
 from monge.conversion.types import FFN, FFNWeights
 from monge.moe.activations import ACTIVATIONS
 
@@ -58,8 +59,14 @@ class FoundFFN:
         """Its last projection."""
         return self.model.get_submodule(self.down)
 
+    def in_memory(self) -> AbstractContextManager[None]:
+        """The weights of its layer are in memory meanwhile (`monge.conversion.on_disk`)."""
+        position = _position(self.model, self.name)
+        assert position is not None
+        return in_memory(self.model.get_submodule(f"{position[0]}.{position[1]}"))
+
     def read(self) -> FFNWeights:
-        """A copy of the dense weights, float32.
+        """A copy of the dense weights, float32; sizes without values where the layer lies on disk.
 
         Raises:
             ValueError: the FFN has been replaced.
@@ -142,7 +149,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             home, layer = position
             reasons: list[str] = []
             for candidate in _candidates(model, name, layer, reasons):
-                if not (difference := _difference(candidate)):
+                with candidate.in_memory():
+                    difference = _difference(candidate)
+                if not difference:
                     found.setdefault(home, []).append(candidate)
                     break
                 reasons.append(f"{candidate.name}: {difference}")

@@ -28,6 +28,7 @@ from monge.conversion.schedule import learning_rate, sequences_of
 from monge.conversion.teacher import Head, Teacher, hidden_states
 from monge.conversion.trainable import trainable_weights
 from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
+from monge.workspace.ranks import ALONE, Ranks
 from monge.workspace.records import Records
 
 BETAS = (0.9, 0.99)
@@ -49,6 +50,7 @@ def finetune(
     observer: Observer | None = None,
     records: Records | None = None,
     selection: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> FinetuneResult:
     """Train ``model`` in place for ``steps`` steps of ``config.batch`` sequences.
 
@@ -68,23 +70,28 @@ def finetune(
             steps, means over them.
         selection: token ids (M, L) of text that is not trained on. The perplexity on it is taken at the start
             and eight times more, and the best weights are kept.
+        ranks: the processes that share every step, each with its part of the sequences, all of them calling
+            this alike. The first one writes; the result is that of one process, to rounding.
 
     Returns:
         The losses of all steps, and what the selection said.
 
     Raises:
         ValueError: the sequences and the teacher's states do not fit, the model has no head or no float32
-            weights, the loss diverges, or the checkpoint is damaged or of another run.
+            weights, the batch does not divide among the processes, the loss diverges, or the checkpoint is
+            damaged or of another run.
         OSError: a record or the checkpoint could not be written.
 
     Source: arXiv 2606.01666 (the loss).
     """
     _check(chunks_NL, teacher, steps)
+    ranks.check_batch(config.batch)
     observer = observer or Silent()
     observer.stage("finetune", steps)
     with trainable_weights(model, config) as parameters:
         head = Head.of(model, chunks_NL[:1, :8])
-        train_step = TrainStep(model, head, chunks_NL, teacher, config)
+        train_step = TrainStep(model, head, chunks_NL, teacher, config, ranks)
+        ranks.start_alike(parameters)
         optimizer = make_optimizer(parameters)
         state = nn.ParameterList(parameters)
         history = FinetuneResult(identity=_identity(chunks_NL, steps, config))
@@ -105,7 +112,7 @@ def finetune(
             if records is not None and (done % RECORD_EVERY == 0 or done == steps):
                 records.append(_record(history, steps, config))
             late = time.monotonic() - written >= CHECKPOINT_SECONDS
-            if checkpoint is not None and (late or done == steps):
+            if checkpoint is not None and ranks.first and (late or done == steps):
                 save_checkpoint(checkpoint, state, optimizer, history.tensors())
                 written = time.monotonic()
             observer.advance(1, f"loss {history.loss[-1]:.3f}")
@@ -120,13 +127,17 @@ def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A step of training on sequences (N, L) with the teacher's states for them; ``head`` is the model's."""
+    """A step of training on sequences (N, L) with the teacher's states for them; ``head`` is the model's.
+
+    Each of ``ranks`` takes its share of the sequences; the step is that of all of them.
+    """
 
     model: nn.Module
     head: Head
     chunks_NL: Tensor
     teacher: Teacher
     config: ConvertConfig
+    ranks: Ranks = ALONE
 
     def __call__(
         self, optimizer: torch.optim.Optimizer, step: int, rate: float
@@ -136,7 +147,7 @@ class TrainStep:
         Raises:
             ValueError: the loss or its gradient is not finite; the weights are then as they were.
         """
-        rows = sequences_of(step, self.config.batch, len(self.chunks_NL), self.config.seed)
+        rows = self.ranks.share(sequences_of(step, self.config.batch, len(self.chunks_NL), self.config.seed))
         tokens_BL = self.chunks_NL[rows].to(self.head.weight_VH.device)
         targets_BL = torch.full_like(tokens_BL, IGNORED)
         targets_BL[:, :-1] = tokens_BL[:, 1:]
@@ -148,8 +159,9 @@ class TrainStep:
             )
             losses.total.backward()
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.ranks.average_gradients(weights)
         norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        loss = losses.total.item()
+        loss, kl, ce = self.ranks.mean([part.item() for part in losses])
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             optimizer.zero_grad()
             raise _diverged(step, f"is {loss} with a gradient of norm {norm.item()}", self.config)
@@ -159,7 +171,7 @@ class TrainStep:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        return loss, losses.kl.item(), losses.ce.item()
+        return loss, kl, ce
 
 
 @torch.no_grad()

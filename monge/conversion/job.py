@@ -22,7 +22,9 @@ from monge.conversion.partition import METHODS
 from monge.conversion.plan import Plan, make_plan
 from monge.conversion.source import Source, open_model
 from monge.conversion.stages import Stages
+from monge.conversion.streaming import model_on_disk
 from monge.conversion.types import FFN
+from monge.workspace.ranks import ALONE, Ranks
 from monge.workspace.records import Record, Records
 from monge.workspace.run import begin_run, check_digest, stored_run
 from monge.workspace.writing import prepare_folder, write_json
@@ -43,6 +45,7 @@ class Job:
         chunks: calibration inputs, of one size.
         corpus: None for a model that reads no text.
         about: what stands in config.json.
+        ranks: the processes that share the work; the first alone writes records and config.json.
     """
 
     source: Source
@@ -58,6 +61,7 @@ class Job:
     stages: Stages = field(default_factory=lambda: Stages(None))
     records: Records | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def record(self, row: Record) -> None:
         """Append to records.jsonl, replacing the row that an interrupted start wrote for the same thing."""
@@ -69,7 +73,7 @@ class Job:
     def remember(self, **values: Any) -> None:
         """Add to config.json what was decided before a stage began, such as its number of steps."""
         self.about |= values
-        if self.out is not None:
+        if self.out is not None and self.ranks.first:
             write_json(self.out / "config.json", self.about)
 
 
@@ -80,20 +84,28 @@ def open_job(
     tokenizer: Any,
     inputs: Tensor | None,
     observer: Observer,
+    stream: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Open model, text and folder, and find out before any work what cannot be done.
+
+    Args:
+        stream: leave the layers of the model on disk; see `monge.conversion.convert`.
+        ranks: the processes of the job, of which the first opens the folder before the others do.
 
     Raises:
         ValueError: a model, text or setting that cannot be used, or a folder of another conversion.
         OSError: the folder cannot be written or is too small.
     """
     _check_method(config)
-    source, reopen = _open(model, tokenizer)
+    if stream:
+        _check_stream(model, config, out)
+    source, reopen = _open(model, tokenizer, stream)
     ffns = find_ffns(source.model)
     settings = asdict(config)
     config = _with_ffn_share(config, source.model, ffns)
     plan = make_plan(source, ffns, config)
-    if out is not None:
+    if out is not None and ranks.first:
         prepare_folder(out, needed=COPIES * sum(p.nbytes for p in source.model.parameters()))
     stored = None if out is None else stored_run(out, "convert", settings)
     if stored is not None and out is not None:
@@ -107,7 +119,9 @@ def open_job(
     job = Job(source, reopen, ffns, plan, config, _gates(source, ffns, config), chunks, corpus, observer)
     if out is None:
         return job
-    job.out, job.stages, job.records = out, Stages(out / "stages"), Records(out / "records.jsonl")
+    job.out, job.stages, job.ranks = out, Stages(out / "stages"), ranks
+    if ranks.first:
+        job.records = Records(out / "records.jsonl")
     if stored is not None:
         check_digest(out, "text", stored["data"]["digest"], digest)
         job.about = stored
@@ -159,9 +173,31 @@ def _check_method(config: ConvertConfig) -> None:
         raise ValueError(f"there is no target {config.to!r}; targets: auto, {', '.join(TARGETS)}")
 
 
-def _open(model: str | Path | nn.Module, tokenizer: Any) -> tuple[Source, Callable[[], nn.Module]]:
+def _check_stream(model: str | Path | nn.Module, config: ConvertConfig, out: Path | None) -> None:
+    if isinstance(model, nn.Module) or out is None:
+        raise ValueError("stream is for a checkpoint's folder or hub name, converted into a folder (out=...)")
+    methods = [METHODS[name] for name in (config.method, config.start) if name]
+    whole = {
+        f"method {config.method!r}": any(m.function is None or m.needs_gradients for m in methods),
+        f"router {config.router!r}": config.router == "trained",
+        "static pruning": METHODS[config.method].dense,
+        "fine-tuning": config.minutes > 0,
+    }
+    if needs := [name for name, applies in whole.items() if applies]:
+        raise ValueError(
+            f"{needs[0]} needs the whole model in memory, and --stream leaves its layers on disk: leave "
+            "--stream out, or take a method that works layer by layer, such as ot_lloyd with router ridge "
+            "and minutes 0"
+        )
+
+
+def _open(
+    model: str | Path | nn.Module, tokenizer: Any, stream: bool
+) -> tuple[Source, Callable[[], nn.Module]]:
     if not isinstance(model, nn.Module):
-        source = open_model(model)
+        source = open_model(model, stream=stream)
+        if stream:
+            return source, lambda: model_on_disk(type(source.model), source.path)
         return source, lambda: open_model(model).model
     for parameter in model.parameters():
         if parameter.dtype != torch.float32:

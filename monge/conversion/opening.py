@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 
 from monge.conversion.exporting.folder import ABOUT
 from monge.conversion.loading import load
-from monge.conversion.source import Source, open_model, quiet, sha256_of
+from monge.conversion.source import Source, open_model, quiet
+from monge.conversion.weight_files import digest_of
 
 
 def open_any(model: str | Path, *, dtype: torch.dtype = torch.float32) -> Source:
@@ -29,8 +29,7 @@ def open_any(model: str | Path, *, dtype: torch.dtype = torch.float32) -> Source
         return open_model(model, dtype=dtype)
     loaded: Any = load(path).to(dtype)
     reads_text = loaded.main_input_name == "input_ids"
-    digests = [sha256_of(file) for file in sorted(path.glob("*.safetensors"))]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    digest = digest_of(sorted(path.glob("*.safetensors")))
     tokenizer = _tokenizer(path) if reads_text else None
     name = path.resolve().name
     return Source(loaded, tokenizer, loaded.config, name, path, digest, causal=loaded.can_generate())

@@ -8,6 +8,7 @@ interruption, to the same bits at the same number of threads.
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from monge.conversion.observer import Observer, Silent
 from monge.conversion.temperature import calibrate_certainty
 from monge.conversion.training import aligned_partitions, finetune_model, importance_of
 from monge.workspace.machine import usable_cores
+from monge.workspace.ranks import Ranks
 from monge.workspace.writing import write_json
 
 MODEL_FOLDER = "model"
@@ -39,7 +41,7 @@ class ConvertResult:
 
     Attributes:
         model: the source's transformers model with `monge.MoE` in the place of its FFNs (narrower FFNs after
-            static pruning), float32, in evaluation mode.
+            static pruning), float32, in evaluation mode; with ``stream`` its layers are on disk, in ``out``.
         tokenizer: the source's.
         summary: perplexity, perplexity_dense, kl (nats per token), agreement (share of equal first choices),
             ffn_active, params_active, params_total, seconds (of the start that
@@ -62,8 +64,12 @@ def convert(
     tokenizer: Any = None,
     inputs: Tensor | None = None,
     observer: Observer | None = None,
+    stream: bool = False,
 ) -> ConvertResult:
     """Turn the dense FFNs of ``model`` into Mixtures of Experts.
+
+    Where ``torch.distributed`` is initialised all processes call this alike, with one folder: they share the
+    steps of fine-tuning; the first does what comes before and after, writes, and gives its summary to all.
 
     Args:
         model: a folder of safetensors, a .gguf file, a hub name, or a transformers model, which is copied.
@@ -73,6 +79,9 @@ def convert(
         inputs: calibration inputs for a model that reads no text, such as images (N, channels, height,
             width).
         observer: is told of the progress.
+        stream: for a model larger than memory: its layers stay on disk, each is read when its turn comes, and
+            the checkpoint is written layer by layer. Embeddings and head are held, and what a layer needs for
+            its conversion. The result is the same. For methods that work layer by layer, without fine-tuning.
 
     Raises:
         ValueError: a model, text or setting that cannot be used, or a folder of another conversion; the
@@ -89,22 +98,38 @@ def convert(
         PosixPath('smol/model')
     """
     config = config or ConvertConfig()
-    observer = observer or Silent()
+    ranks = Ranks.here()
+    observer = observer if observer is not None and ranks.first else Silent()
     folder = None if out is None else Path(out)
+    if ranks.size > 1 and (folder is None or stream):
+        raise ValueError(
+            f"{ranks.size} processes share the fine-tuning of a whole model, and find stages in one "
+            "folder: give out, and leave stream to a single process"
+        )
+    if config.minutes:
+        ranks.check_batch(config.batch)
     with _threads(config.threads):
         began = time.perf_counter()
-        job = open_job(model, config, folder, tokenizer, inputs, observer)
+        with ranks.first_alone():
+            job = open_job(model, config, folder, tokenizer, inputs, observer, stream, ranks)
         for line in job.plan.lines():
             observer.message(line)
-        _transform(job)
-        summary = assess(job)
-        summary |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
-        path = _write(job, summary)
+        with ranks.first_alone():
+            _transform(job)
+        finetune_model(job)
+        if ranks.first:
+            summary = assess(job)
+            summary |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
+            path = _write(job, summary)
+        ranks.wait()
+        if not ranks.first:
+            assert folder is not None
+            summary, path = json.loads((folder / "summary.json").read_text()), folder / MODEL_FOLDER
     return ConvertResult(job.source.model, job.source.tokenizer, config, summary, path)
 
 
 def _transform(job: Job) -> None:
-    """The model of the job becomes the converted one."""
+    """The model of the job becomes the converted one, but for fine-tuning."""
     importance = importance_of(job)
     given = aligned_partitions(job, importance)
     convert_layers(
@@ -122,7 +147,6 @@ def _transform(job: Job) -> None:
     if job.config.refit and job.source.causal and job.corpus is not None:
         scale = calibrate_certainty(job.source.model, job.reopen(), job.corpus.selection_NL)
         job.record({"kind": "scale", "scale": scale})
-    finetune_model(job)
 
 
 def _write(job: Job, summary: dict[str, Any]) -> Path | None:

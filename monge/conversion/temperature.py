@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monge.conversion.on_disk import layers_on_disk
 from monge.conversion.teacher import Head, hidden_states
 
 FORWARD_TOKENS = 2_048  # enough for one number; every STRIDE-th of them is looked at, neighbours are alike
 STRIDE = 4
+BATCH = 2  # sequences in a forward
 GRID = tuple(0.70 + 0.025 * i for i in range(15))  # 0.70 to 1.05
 
 
@@ -42,8 +44,9 @@ def calibrate_certainty(model: Any, dense: Any, tokens_NL: Tensor) -> float:
         tokens_NL: text on which nothing was fitted; on fitted text the model is certain with more reason.
     """
     few_NL = tokens_NL[: max(1, FORWARD_TOKENS // tokens_NL.shape[1])]
+    size = len(few_NL) if layers_on_disk(model) else BATCH  # a forward reads all layers
     dense_TH, converted_TH = (
-        torch.cat([hidden_states(m, batch) for batch in few_NL.split(2)]).flatten(0, 1)[::STRIDE]
+        torch.cat([hidden_states(m, batch) for batch in few_NL.split(size)]).flatten(0, 1)[::STRIDE]
         for m in (dense, model)
     )
     scale = fit_scale(dense_TH, converted_TH, Head.of(dense, tokens_NL[:1, :8]))

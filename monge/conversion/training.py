@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monge.conversion.alignment import AlignmentConfig, align
 from monge.conversion.budget import plan_steps
@@ -18,7 +18,7 @@ from monge.conversion.finetune import finetune
 from monge.conversion.importance import neuron_importance
 from monge.conversion.job import Job
 from monge.conversion.partition import METHODS
-from monge.conversion.teacher import Head, Teacher
+from monge.conversion.teacher import BATCH, Head, Teacher
 from monge.conversion.types import Partition
 
 MOST_STEPS = 100_000  # of fine-tuning: bounds the text that is drawn before the number of steps is known
@@ -92,23 +92,17 @@ def finetune_model(job: Job) -> None:
         raise ValueError(
             f"{job.source.name} does not predict text: fine-tuning (minutes={config.minutes}) needs that"
         )
+    job.ranks.check_batch(config.batch)
     dense = job.reopen()
     if "finetune_steps" not in job.about:
         few_NL = training_chunks(job, 64)
-        steps = min(
-            MOST_STEPS,
-            plan_steps(job.source.model, dense, few_NL, minutes=config.minutes, config=config),
+        steps = plan_steps(
+            job.source.model, dense, few_NL, minutes=config.minutes, config=config, ranks=job.ranks
         )
-        job.remember(finetune_steps=steps)
+        job.remember(finetune_steps=min(MOST_STEPS, steps))
     steps = job.about["finetune_steps"]
     chunks_NL = training_chunks(job, steps * config.batch)
-    path = job.stages.path("teacher")
-    if path is not None and path.exists():
-        teacher = Teacher.load(path, Head.of(dense, chunks_NL[:1, :8]))
-    else:
-        teacher = Teacher.of(dense, chunks_NL, job.observer)
-        if path is not None:
-            teacher.save(path)
+    teacher = _teacher(job, dense, chunks_NL)
     del dense
     finetune(
         job.source.model,
@@ -119,7 +113,37 @@ def finetune_model(job: Job) -> None:
         checkpoint=job.stages.path("finetune"),
         observer=job.observer,
         records=job.records,
+        ranks=job.ranks,
     )
+
+
+def _teacher(job: Job, dense: nn.Module, chunks_NL: Tensor) -> Teacher:
+    """The dense model's states, from their stage file where it is; each process computes its part of them."""
+    ranks, path = job.ranks, job.stages.path("teacher")
+    if path is None or (ranks.size == 1 and not path.exists()):
+        teacher = Teacher.of(dense, chunks_NL, job.observer)
+        if path is not None:
+            teacher.save(path)
+        return teacher
+    ranks.wait()  # the file appears only when all have looked for it
+    there = path.exists()
+    ranks.wait()
+    if not there:
+        parts = [path.with_name(f"teacher-{rank}.safetensors") for rank in range(ranks.size)]
+        mine_NL = chunks_NL.split(-(-len(chunks_NL) // (BATCH * ranks.size)) * BATCH)[
+            ranks.rank : ranks.rank + 1
+        ]
+        for part_NL in mine_NL:  # none for the last of many processes
+            Teacher.of(dense, part_NL, job.observer).save(parts[ranks.rank])
+        ranks.wait()
+        if ranks.first:
+            head = Head.of(dense)
+            states = [Teacher.load(part, head).states_NLH for part in parts if part.exists()]
+            Teacher(torch.cat(states), head).save(path)
+            for part in parts:
+                part.unlink(missing_ok=True)
+        ranks.wait()
+    return Teacher.load(path, Head.of(dense, chunks_NL[:1, :8]))
 
 
 def training_chunks(job: Job, count: int) -> Tensor:

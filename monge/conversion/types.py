@@ -7,6 +7,7 @@ Shapes: T tokens, H model width, F neurons of the dense FFN, N routed experts, C
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol
 
@@ -96,8 +97,11 @@ class FFN(Protocol):
     def down_module(self) -> nn.Module:
         """Its last projection, a linear map that is given the activations h (..., F)."""
 
+    def in_memory(self) -> AbstractContextManager[None]:
+        """The weights of its layer are in memory meanwhile (`monge.conversion.on_disk`)."""
+
     def read(self) -> FFNWeights:
-        """A copy of the dense weights, float32."""
+        """A copy of the dense weights, float32; sizes without values where the layer lies on disk."""
 
     def install(self, module: nn.Module) -> None:
         """Let ``module``, (..., H) -> (..., H), take the FFN's place in the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,11 @@ from monge.lab.models import ImageShape, build_model, parameter_counts
 from monge.lab.observer import Observer, Silent
 from monge.lab.routers import DENSE, parse_router
 from monge.lab.summary import summarise
-from monge.lab.training import Run, train
+from monge.lab.training import Run, shared_routing, train
 from monge.routing import ROUTERS
 from monge.workspace.machine import usable_cores
 from monge.workspace.memory import peak_bytes, reset_peak
+from monge.workspace.ranks import Ranks
 from monge.workspace.records import Record, Records
 from monge.workspace.writing import prepare_folder, write_json
 
@@ -39,6 +41,10 @@ def compare(config: ExperimentConfig, out: Path, *, observer: Observer | None = 
     ``config.json``, ``tokenizer.json`` (text), ``records.jsonl`` and ``summary.json``. The same call goes on
     after an interruption at any moment, with bit-identical results at the same number of threads.
 
+    Where ``torch.distributed`` is initialised all processes call this alike, with one folder: they share the
+    batch of every step, and routers balance over all of it (`monge.routing.use_group`). The first one
+    evaluates and writes, and all return its summary.
+
     Args:
         config: all that decides the figures: a `CompareConfig` (text) or `VisionConfig` (images).
         out: the output folder, made if need be.
@@ -49,41 +55,52 @@ def compare(config: ExperimentConfig, out: Path, *, observer: Observer | None = 
 
     Raises:
         ValueError: an unknown router or device, missing or unreadable data, other settings than those that
-            ``out`` was begun with, or a diverging loss; the message names the remedy.
+            ``out`` was begun with, a batch that does not divide among the processes, or a diverging loss; the
+            message names the remedy.
         OSError: ``out`` cannot be written, or the disk is full.
         ImportError: transformers or tokenizers is not installed.
     """
-    out, observer = Path(out), observer or Silent()
+    ranks = Ranks.here()
+    ranks.check_batch(config.batch)
+    out, observer = Path(out), observer if observer is not None and ranks.first else Silent()
     found = find_data(config)
     images = found.shape if isinstance(found, Images) else None
     parameters = _largest_model(config, images)
-    prepare_folder(out, needed=BYTES_PER_PARAMETER * parameters + BYTES_OF_RECORDS)
+    if ranks.first:
+        prepare_folder(out, needed=BYTES_PER_PARAMETER * parameters + BYTES_OF_RECORDS)
     with _threads(config.threads):
-        data = open_folder(out, config, found)
+        with ranks.first_alone():
+            data = open_folder(out, config, found)
+            records = Records(out / "records.jsonl")
         if note := missing_note(config):
             observer.message(note)
-        records = Records(out / "records.jsonl")
         runs = [(router, seed) for seed in range(config.seeds) for router in config.routers]
         for index, (router, seed) in enumerate(runs):
             observer.run_started(router, seed, config.steps, index, len(runs))
             checkpoint = out / "checkpoints" / f"{parse_router(router).file_name}-{seed}.safetensors"
             record = records.first("eval", router=router, seed=seed)
             if record is None:
-                record = _run(Run(router, seed, config, data, records, checkpoint, observer), images)
-            checkpoint.unlink(missing_ok=True)
-            observer.run_finished(record)
-    with suppress(OSError):  # gone already, or not empty: then it is not ours alone
-        (out / "checkpoints").rmdir()
-    summary = summarise(records, config, data.tokens_per_example)
-    write_json(out / "summary.json", summary)
-    return summary
+                record = _run(Run(router, seed, config, data, records, checkpoint, observer, ranks), images)
+            if record is not None and ranks.first:
+                checkpoint.unlink(missing_ok=True)
+                observer.run_finished(record)
+    if ranks.first:
+        with suppress(OSError):  # gone already, or not empty: then it is not ours alone
+            (out / "checkpoints").rmdir()
+        write_json(out / "summary.json", summarise(records, config, data.tokens_per_example))
+    ranks.wait()
+    return json.loads((out / "summary.json").read_text())
 
 
-def _run(run: Run, images: ImageShape | None) -> Record:
-    """Train and evaluate one run; returns its ``eval`` record."""
+def _run(run: Run, images: ImageShape | None) -> Record | None:
+    """Train and evaluate one run; returns its ``eval`` record, in the first process."""
     model = build_model(run.router, run.config, run.seed, images)
     measured = reset_peak(run.config.device)
-    history = train(model, run)
+    with shared_routing(model, run.ranks):
+        history = train(model, run)
+    run.ranks.wait()  # for the others to have read the checkpoint, which goes with the evaluation
+    if not run.ranks.first:
+        return None
     peak = peak_bytes(run.config.device) if measured else None  # of training since the last resumption
     result = evaluate(model, run.data, run.config)
     run.record(

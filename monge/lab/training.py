@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from monge.lab.config import ExperimentConfig
@@ -25,9 +28,10 @@ from monge.lab.loads import LoadCounter, max_violation
 from monge.lab.models import moe_layers, static_capacity
 from monge.lab.observer import Observer
 from monge.lab.optimisation import batch_rows, learning_rate, make_optimizer
-from monge.routing import aux_loss
+from monge.routing import aux_loss, use_group
 from monge.routing import step as advance
 from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
+from monge.workspace.ranks import ALONE, Ranks
 from monge.workspace.records import Records
 
 QUICK_VALIDATION = 16  # losses along the way use this fraction of the validation set
@@ -68,6 +72,8 @@ class Run:
     records: Records
     checkpoint: Path
     observer: Observer
+    ranks: Ranks = ALONE
+    """The processes that share every batch; the first leaves the traces."""
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         self.records.append({"kind": kind, "router": self.router, "seed": self.seed, "step": step, **values})
@@ -88,12 +94,27 @@ def train(model: nn.Module, run: Run) -> History:
         run.observer.message(f"{run.router}, seed {run.seed}: going on after step {len(history.loss)}")
     here = {"router": run.router, "seed": run.seed}.items()
     # what came after the checkpoint will happen again
-    run.records.keep(lambda row: not here <= row.items() or row["step"] <= len(history.loss))
+    if run.ranks.first:
+        run.records.keep(lambda row: not here <= row.items() or row["step"] <= len(history.loss))
     model.train()
     for step in range(len(history.loss), config.steps):
         loads_LE = _step(model, optimizer, run, step, history)
-        _trace(model, optimizer, run, history, loads_LE)
+        if run.ranks.first:
+            _trace(model, optimizer, run, history, loads_LE)
     return history
+
+
+@contextmanager
+def shared_routing(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """The routers of ``model`` balance over the batch of all processes meanwhile."""
+    if ranks.size == 1 or not moe_layers(model):
+        yield
+        return
+    use_group(model, dist.group.WORLD)
+    try:
+        yield
+    finally:
+        use_group(model, None)
 
 
 def _step(
@@ -106,13 +127,15 @@ def _step(
     """One optimizer step, added to `history`. Returns (L, E) slots per expert."""
     config = run.config
     train = run.data.train
-    batch = train.take(batch_rows(len(train), config.batch, run.seed, step)).to(config.device)
+    rows = run.ranks.share(batch_rows(len(train), config.batch, run.seed, step))
+    batch = train.take(rows).to(config.device)
     began = time.perf_counter()
-    torch.manual_seed(run.seed * 1_000_003 + step)
+    torch.manual_seed(run.seed * 1_000_003 + step + (run.ranks.rank << 40))  # noise of its own for each rank
     with LoadCounter(model) as counter:
         loss = losses_of(model, batch).mean()
     has_routers = bool(moe_layers(model))
     (loss + aux_loss(model) if has_routers else loss).backward()
+    run.ranks.average_gradients(model.parameters())
     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
@@ -120,13 +143,13 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     if has_routers:
         advance(model)
-    value = loss.item()
+    (value,) = run.ranks.mean([loss.item()])
     if not math.isfinite(value):
         raise ValueError(
             f"{run.router}, seed {run.seed}: the loss became {value} at step {step + 1}. "
             f"Lower lr (now {config.lr:g}) or clip (now {config.clip:g})."
         )
-    loads_LE = counter.take()
+    loads_LE = run.ranks.total(counter.take())
     history.loss.append(value)
     history.ms.append(1000 * (time.perf_counter() - began))
     history.violation.append(max_violation(loads_LE).tolist())

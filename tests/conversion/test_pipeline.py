@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interrupting import Stop, StopsAt
 
 from monge import MoE
 from monge.conversion import ConvertConfig, convert, load
-from monge.conversion.observer import Silent
 
 
 @pytest.fixture
@@ -105,25 +105,6 @@ def test_images_calibrate_a_model_that_reads_no_text(tiny_model, config):
     images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     result = convert(tiny_model("vit"), config, inputs=images)
     assert result.summary["ffn_active"] == pytest.approx(0.5)
-
-
-class Stop(Exception):
-    pass
-
-
-class StopsAt(Silent):
-    """Interrupts at the given step of the given stage."""
-
-    def __init__(self, stage, step):
-        self.wanted, self.step, self.now, self.done = stage, step, "", 0
-
-    def stage(self, name, total):
-        self.now, self.done = name, 0
-
-    def advance(self, steps=1, note=""):
-        self.done += steps
-        if self.now == self.wanted and self.done >= self.step:
-            raise Stop
 
 
 def test_interrupted_anywhere_the_same_command_ends_in_the_same_bits(tiny_folder, config, tmp_path):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from monge.conversion.ffn import find_ffns
+from monge.conversion.on_disk import in_memory, layers_on_disk
 from monge.hf.blocks import SparseBlock, find_blocks
 
 
@@ -73,12 +74,15 @@ def active_shares(model: nn.Module, dense: nn.Module) -> dict[int, float]:
     that a target needs, do not count here, though they cost parameters and FLOPs.
     """
     blocks = {block.layer: block for block in find_blocks(model)}
-    modules = dict(model.named_modules())
+    modules, on_disk = dict(model.named_modules()), layers_on_disk(model)
     paths = {module: name for name, module in dense.named_modules()}
     shares = {}
     for ffn in find_ffns(dense):
         if ffn.layer in blocks:
-            used = _projections(blocks[ffn.layer])
+            block = blocks[ffn.layer]
+            layer = next((m for path, m in on_disk.items() if block.name.startswith(f"{path}.")), block.block)
+            with in_memory(layer):
+                used = _projections(block)
         else:  # dense, perhaps narrower
             places = {paths[ffn.input_module], paths[ffn.output_module]}
             used = sum(_matrices(modules[place]) for place in places if place in modules)

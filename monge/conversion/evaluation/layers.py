@@ -174,7 +174,8 @@ class _Pair:
         y = output[0] if isinstance(output, tuple) else output
         if self.block is not None and self.block.beside is not None:
             y = y + self.block.beside(x)
-        weights = self.ffn.read().to(x.device)
+        with self.ffn.in_memory():
+            weights = self.ffn.read().to(x.device)
         x_TH, y_TH = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
         hidden_TF = weights.hidden(x_TH)
         dense_TH = nnf.linear(hidden_TF, weights.down_HF, weights.down_bias_H)

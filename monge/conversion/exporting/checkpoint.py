@@ -19,6 +19,7 @@ from monge.conversion.exporting.folder import LARGEST_FILE, new_folder, write_ab
 from monge.conversion.exporting.structure import Structure
 from monge.conversion.exporting.targets import ARCHITECTURES
 from monge.conversion.exporting.tensors import own_tensors, renamed_tensors
+from monge.conversion.on_disk import largest_layer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -115,7 +116,7 @@ def _write_model(structure: Structure, target: str, folder: Path, dtype: torch.d
         tensors = renamed_tensors(structure, ARCHITECTURES[target])
     config.dtype = dtype or structure.dtype
     config.save_pretrained(folder)
-    write_tensors(folder, tensors, dtype)
+    write_tensors(folder, tensors, dtype, min(LARGEST_FILE, largest_layer(model) or LARGEST_FILE))
     return config
 
 

@@ -95,8 +95,16 @@ def write_about(folder: Path, target: str, **more: Any) -> None:
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> None:
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    largest: int = LARGEST_FILE,
+) -> None:
     """Write weights to safetensors, converted to ``dtype`` if one is given, one file's at a time in memory.
+
+    Args:
+        largest: bytes of weights in a file.
 
     Raises:
         ValueError: a weight is NaN or infinite.
@@ -114,7 +122,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinite values: the model is damaged, convert it anew")
         tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        if pending and size + tensor.nbytes > LARGEST_FILE:
+        if pending and size + tensor.nbytes > largest:
             flush()
             size = 0
         pending[name] = tensor
