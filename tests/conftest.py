@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,9 +32,12 @@ def _same_start():
 
 
 def pytest_collection_modifyitems(items):
-    if torch.accelerator.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs an accelerator")
+    missing = {}
+    if not torch.accelerator.is_available():
+        missing["gpu"] = "needs an accelerator"
+    if "MONGE_SERVED_MODEL" not in os.environ:
+        missing["serving"] = "needs a model to serve and the engines: make test-serving"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
