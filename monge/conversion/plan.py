@@ -117,7 +117,7 @@ def make_plan(
     total = active = dense = sum(parameter.numel() for parameter in model.parameters())
     neurons, used = 0, 0.0
     shapes: list[ExpertShape] = []
-    work, widest, rebuilt = 0.0, 0, 0
+    work, widest = 0.0, 0
     for ffn in ffns:
         weights = ffn.read()
         F, H = weights.up_FH.shape
@@ -128,7 +128,6 @@ def make_plan(
         shapes.append(shape := config.shape_for(F, ffn.layer))
         stored, per_expert = _converted_parameters(weights, shape, config.method)
         change = stored - _dense_parameters(weights)
-        rebuilt += stored
         total += change
         active += change - per_expert * (shape.routed - shape.top_k)
         used += _used(shape, config.method)
@@ -155,7 +154,7 @@ def make_plan(
         flops_dense=flops_dense,
         flops=flops_dense - 2 * (dense - active),
         seconds=work / (EFFICIENCY * speed) + 60 * config.minutes,
-        peak_memory_bytes=_peak_memory(model, dense, rebuilt, widest, H, config),
+        peak_memory_bytes=_peak_memory(model, dense, total, widest, H, config),
     )
 
 
@@ -248,22 +247,23 @@ def _embeddings(model: nn.Module) -> tuple[int, int]:
     return sum(table.numel() for table in tables.values()), 0 if head is None else head.weight.numel()
 
 
-def _peak_memory(model: nn.Module, params: int, rebuilt: int, F: int, H: int, config: ConvertConfig) -> int:
+def _peak_memory(model: nn.Module, dense: int, total: int, F: int, H: int, config: ConvertConfig) -> int:
     """The largest of the closed form, of the evaluation beside the dense model, and of fine-tuning (AdamW).
 
-    The converted layers stand beside the source's weights: those are mapped from one file until the end. Of a
-    model on disk there are some layers, in use and being written, and twice what lies outside of them.
+    Converted layers take the place of the source's. The dense model is opened once more at the end, mapped
+    from its file and copied. Of a model on disk there are some layers, in use and being written, and twice
+    what lies outside of them.
     """
     T = config.tokens
     per_token = 4 * F + 7 * H  # activations and what is made of them; both residual streams
     closed_form = T * per_token * FLOAT + 5 * F * F * DOUBLE
     if on_disk := layers_on_disk(model):
-        outside = params - sum(p.numel() for layer in on_disk.values() for p in layer.parameters())
+        outside = dense - sum(p.numel() for layer in on_disk.values() for p in layer.parameters())
         return BASE_BYTES + 2 * outside * FLOAT + LAYERS_HELD * largest_layer(model) + closed_form
-    work = max(closed_form, params * FLOAT)
+    work = max(closed_form, 2 * dense * FLOAT)
     if config.minutes:
-        work = max(work, 4 * params * FLOAT)  # dense weights, gradients and two moments
-    return BASE_BYTES + (params + rebuilt) * FLOAT + work
+        work = max(work, 4 * dense * FLOAT)  # dense weights, gradients and two moments
+    return BASE_BYTES + max(dense, total) * FLOAT + work
 
 
 def _si(number: float) -> str:

@@ -142,6 +142,8 @@ def load_checked(model_class: Any, path: Path, **options: Any) -> nn.Module:
     for name, value in model.named_parameters():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values: fetch the checkpoint anew")
+        # mapped from a file, weights would take memory until the last of that file is out of use
+        value.data = value.data.clone()
     return model.eval()
 
 
