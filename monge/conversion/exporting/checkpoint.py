@@ -116,7 +116,7 @@ def _write_model(structure: Structure, target: str, folder: Path, dtype: torch.d
         tensors = renamed_tensors(structure, ARCHITECTURES[target])
     config.dtype = dtype or structure.dtype
     config.save_pretrained(folder)
-    write_tensors(folder, tensors, dtype, min(LARGEST_FILE, largest_layer(model) or LARGEST_FILE))
+    write_tensors(folder, tensors, dtype, largest_layer(model))
     return config
 
 

@@ -99,16 +99,17 @@ def write_tensors(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype | None,
-    largest: int = LARGEST_FILE,
+    largest: int = 0,
 ) -> None:
     """Write weights to safetensors, converted to ``dtype`` if one is given, one file's at a time in memory.
 
     Args:
-        largest: bytes of weights in a file.
+        largest: bytes of weights in a file, where they should be fewer than `LARGEST_FILE`; 0 if not.
 
     Raises:
         ValueError: a weight is NaN or infinite.
     """
+    largest = min(largest or LARGEST_FILE, LARGEST_FILE)
     pending: dict[str, Tensor] = {}
     files: list[list[str]] = []
     size = total = 0
