@@ -12,7 +12,6 @@ from monge.viz.style import THEME, Drawing, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 TINTS = {MONGE: "blue", "eager": "brown", "batched_mm": "grey", "grouped_mm": "orange"}
 LIMIT = "dense without FFNs"
@@ -21,32 +20,21 @@ LIMIT = "dense without FFNs"
 def draw_inference(run: SpeedRun, *, wide: bool) -> Drawing | None:
     """Times faster than the dense FFN, by case and candidate."""
     rows = run.of("inference")
-    if not rows:
-        return None
     labels = [f"{row['phase']}, {share(row)}\n{row['dtype']}" for row in rows]
-    drawing = _bars(rows, "times_dense", labels, "Forward: speed over dense", wide=wide)
-    drawing.axes[0].axvline(1, color=THEME["ink"][0], linewidth=0.8)
-    return Drawing(
-        drawing,
+    caption = (
         "A forward of the experts, their routing given: how many times faster than the dense FFN that they "
         "are cut from (the line at 1). The neurons that are left out allow 4 times at 25 % and 2 times at "
-        "50 %; more says that the dense product itself is not at the limit.",
+        "50 %; more says that the dense product itself is not at the limit."
     )
+    return _bars(rows, "times_dense", labels, "Forward: speed over dense", caption, wide=wide)
 
 
 def draw_training(run: SpeedRun, *, wide: bool) -> Drawing | None:
     """FLOP/s of a training step as a share of the dense FFN's."""
     rows = run.of("training")
-    if not rows:
-        return None
     labels = [f"{row['layer']}\n{row['dtype']}" for row in rows]
-    drawing = _bars(rows, "flops_of_dense", labels, "Training: speed over dense", wide=wide)
-    drawing.axes[0].axvline(1, color=THEME["ink"][0], linewidth=0.8)
-    return Drawing(
-        drawing,
-        "Forward and backward of the experts at 2,048 tokens, beside a dense FFN of the same FLOPs (the line "
-        "at 1).",
-    )
+    caption = "Forward and backward of the experts at 2,048 tokens, beside a dense FFN of equal FLOPs (at 1)."
+    return _bars(rows, "flops_of_dense", labels, "Training: speed over dense", caption, wide=wide)
 
 
 def draw_models(run: SpeedRun, *, wide: bool) -> Drawing | None:
@@ -78,8 +66,12 @@ def draw_models(run: SpeedRun, *, wide: bool) -> Drawing | None:
     )
 
 
-def _bars(rows: list[Record], figures: str, labels: list[str], title: str, *, wide: bool) -> Figure:
-    """A group of bars a row, one a candidate."""
+def _bars(
+    rows: list[Record], figures: str, labels: list[str], title: str, caption: str, *, wide: bool
+) -> Drawing | None:
+    """A group of bars a row, one a candidate, and a line at the dense FFN."""
+    if not rows:
+        return None
     names = [name for name in TINTS if any(name in row[figures] for row in rows)]
     figure = new_figure(7.6 if wide else 3.6, 0.9 + 0.16 * len(rows) * (len(names) + 1))
     ax = figure.subplots()
@@ -92,10 +84,11 @@ def _bars(rows: list[Record], figures: str, labels: list[str], title: str, *, wi
     ax.set_yticks(np.arange(len(rows)), labels)
     ax.set_xlim(0, 1.12 * max(max(row[figures].values()) for row in rows))
     dress(ax, title=title, xlabel="")
+    ax.axvline(1, color=THEME["ink"][0], linewidth=0.8)
     ax.set_ylim(len(rows) - 0.45, -0.55)
     look = {"fontsize": 7.5, "frameon": False, "labelcolor": THEME["ink"][0]}
     figure.legend(loc="outside lower center", ncols=len(names) if wide else 2, **look)
-    return figure
+    return Drawing(figure, caption)
 
 
 def _write_values(ax: Axes, places: np.ndarray, values: list[float]) -> None:
