@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-LAYERS, BOUND = 40, 300_000_000
+LAYERS, BOUND = 40, 450_000_000
 SIZES = {
     "vocab_size": 320,  # that of the tiny tokenizer
     "hidden_size": 1024,
@@ -83,7 +83,7 @@ def test_a_conversion_takes_less_memory_than_its_checkpoint(tmp_path, tiny_token
     finally:
         for name in ("large", "out"):
             shutil.rmtree(tmp_path / name, ignore_errors=True)
-    assert sizes["large"] > 3 * BOUND
+    assert sizes["large"] > 2 * BOUND
     assert len(files) > LAYERS / 2
     assert figures["taken"] < BOUND
     assert figures["whole"] > sizes["large"]  # loaded whole it does take its size: the measure sees it
