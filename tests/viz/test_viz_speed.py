@@ -43,8 +43,8 @@ def write_fake_run(out, rows, *, complete=True):
 def test_the_page_says_what_the_records_say(tmp_path):
     out = write_fake_run(tmp_path / "run", [INFERENCE, TRAINING, *MODELS])
     run = read_speed(out)
-    assert "times 4.0 at decode (25 % active)" in headline(run)
-    assert "times 2.00 in the least favourable case (decode, 25 %, float32)" in headline(run)
+    assert "4.0 times at decode (25 % active)" in headline(run)
+    assert "2.00 in the least favourable case (decode, 25 %, float32)" in headline(run)
     (_, columns, rows), training, models = tables(run)
     assert dict(zip(columns, rows[0], strict=True)) == {
         "case": "decode, 25 %, float32", "path": "gemv", "monge": "4.00", "eager": "2.00",

@@ -56,15 +56,15 @@ def headline(run: SpeedRun) -> str:
     if not rows:
         return "Nothing has been measured yet."
     told = [
-        f"times {row['times_dense'][MONGE]:.1f} at {row['phase']} ({share(row)} active)"
+        f"{row['times_dense'][MONGE]:.1f} times at {row['phase']} ({share(row)} active)"
         for row in rows
         if row["dtype"] == rows[0]["dtype"]
     ]
     least = min(rows, key=lambda row: row["times_dense"][MONGE] / best_other(row["times_dense"])[1])
     edge = least["times_dense"][MONGE] / best_other(least["times_dense"])[1]
     return (
-        f"In {rows[0]['dtype']} Monge's experts run at the speed of the dense FFN {', '.join(told)}; at that "
-        f"of the best of transformers' paths times {edge:.2f} in the least favourable case "
+        f"In {rows[0]['dtype']} Monge's experts reach these multiples of the dense FFN's speed: "
+        f"{', '.join(told)}; and of the best of transformers' paths {edge:.2f} in the least favourable case "
         f"({least['phase']}, {share(least)}, {least['dtype']})."
     )
 
