@@ -9,26 +9,23 @@ interruption, to the same bits at the same number of threads.
 from __future__ import annotations
 
 import json
-import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from monge.conversion.assessment import assess
 from monge.conversion.closed_form import convert_layers
 from monge.conversion.config import ConvertConfig
+from monge.conversion.evaluation import peak_memory_bytes
 from monge.conversion.exporting import export
 from monge.conversion.job import Job, open_job
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.temperature import calibrate_certainty
 from monge.conversion.training import aligned_partitions, finetune_model, importance_of
-from monge.workspace.machine import usable_cores
+from monge.workspace.machine import torch_threads
 from monge.workspace.ranks import Ranks
 from monge.workspace.writing import write_json
 
@@ -108,7 +105,7 @@ def convert(
         )
     if config.minutes:
         ranks.check_batch(config.batch)
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         began = time.perf_counter()
         with ranks.first_alone():
             job = open_job(model, config, folder, tokenizer, inputs, observer, stream, ranks)
@@ -119,7 +116,7 @@ def convert(
         finetune_model(job)
         if ranks.first:
             summary = assess(job)
-            summary |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()}
+            summary |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
             path = _write(job, summary)
         ranks.wait()
         if not ranks.first:
@@ -169,18 +166,3 @@ def _write(job: Job, summary: dict[str, Any]) -> Path | None:
     )
     write_json(job.out / "summary.json", summary)
     return path
-
-
-def peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(wanted, usable_cores()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

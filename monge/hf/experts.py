@@ -18,6 +18,8 @@ from torch import Tensor
 from monge.moe.experts import apply_experts
 
 NAME = "monge"
+THEIRS = ("eager", "batched_mm", "grouped_mm")
+"""transformers' own implementations, by its names."""
 # classes of transformers.activations and torch.nn, by name -> an activation of monge.moe, gated and not
 ACTIVATIONS = {
     "SiLUActivation": ("swiglu", None),
@@ -61,8 +63,7 @@ def use_experts(model: Any) -> Any:
         ImportError: transformers is not installed.
     """
     register_experts()
-    found = [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "down_proj")]
-    if not found or not hasattr(model, "set_experts_implementation"):
+    if not (found := dispatched_experts(model)):
         raise ValueError(
             f"model, a {type(model).__name__}, has no experts that transformers dispatches: give a MoE model "
             "of transformers, such as MixtralForCausalLM"
@@ -71,6 +72,13 @@ def use_experts(model: Any) -> Any:
         _activation_of(module)
     model.set_experts_implementation(NAME)
     return model
+
+
+def dispatched_experts(model: Any) -> list[Any]:
+    """The modules of experts that ``model.set_experts_implementation`` applies to."""
+    if not hasattr(model, "set_experts_implementation"):
+        return []
+    return [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "down_proj")]
 
 
 def _moe_of_transformers() -> Any:

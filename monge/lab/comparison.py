@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from monge.lab.routers import DENSE, parse_router
 from monge.lab.summary import summarise
 from monge.lab.training import Run, shared_routing, train
 from monge.routing import ROUTERS
-from monge.workspace.machine import usable_cores
+from monge.workspace.machine import torch_threads
 from monge.workspace.memory import peak_bytes, reset_peak
 from monge.workspace.ranks import Ranks
 from monge.workspace.records import Record, Records
@@ -68,7 +67,7 @@ def compare(config: ExperimentConfig, out: Path, *, observer: Observer | None = 
     parameters = _largest_model(config, images)
     if ranks.first:
         prepare_folder(out, needed=BYTES_PER_PARAMETER * parameters + BYTES_OF_RECORDS)
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         with ranks.first_alone():
             data = open_folder(out, config, found)
             records = Records(out / "records.jsonl")
@@ -133,13 +132,3 @@ def _largest_model(config: ExperimentConfig, images: ImageShape | None) -> int:
         ) from error
     models = (build_model(router, config, 0, images) for router in config.routers)
     return max(parameter_counts(model, config)[0] for model in models)
-
-
-@contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(wanted, usable_cores()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

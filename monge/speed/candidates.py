@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monge.hf.experts import THEIRS
 from monge.moe import Experts
 
 DENSE, MONGE = "dense", "monge"
-THEIRS = ("eager", "batched_mm", "grouped_mm")
 ROUTINGS = 8  # that a case goes through: a decode step reads other experts than the one before
 BATCHED_LIMIT = 2**28  # bytes of weights that batched_mm copies: beyond, it is left out
 

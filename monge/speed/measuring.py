@@ -72,11 +72,6 @@ def _training(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> Ca
     }
 
 
-def best_of_others(figures: dict[str, float]) -> float:
-    """The largest figure of transformers' paths."""
-    return max(value for name, value in figures.items() if name not in (DENSE, "monge"))
-
-
 def remaining(config: SpeedConfig, done: list[Case]) -> Iterator[Case]:
     """The cases that no record tells of."""
     for case in cases(config):

@@ -10,7 +10,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from monge.workspace import memory
 
 
 def interleave(
@@ -55,15 +56,8 @@ def interleave(
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most resident memory during ``call`` over that before it, in bytes (Linux; 0 elsewhere)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return 0
-
-    def kibibytes(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
-
     gc.collect()
-    reset.write_text("5")  # the peak starts again from what is resident now
-    before = kibibytes("VmRSS")
+    if not memory.reset_peak("cpu") or (before := memory.peak_bytes("cpu")) is None:
+        return 0
     call()
-    return 1024 * max(0, kibibytes("VmHWM") - before)
+    return max(0, (memory.peak_bytes("cpu") or 0) - before)

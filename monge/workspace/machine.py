@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def torch_threads(wanted: int) -> Iterator[None]:
+    """torch computes with so many threads meanwhile, but no more than there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(wanted, usable_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _version(library: str) -> str:

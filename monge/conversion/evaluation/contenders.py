@@ -15,11 +15,10 @@ from torch import nn
 
 from monge.conversion.ffn import find_ffns
 from monge.conversion.types import FFN
-from monge.hf import use_experts
+from monge.hf.experts import NAME, THEIRS, dispatched_experts, use_experts
 
 Contender = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 """A model, or a function that gives a context within which the model computes in a certain way."""
-THEIRS = ("eager", "batched_mm", "grouped_mm")  # of transformers, by its own names
 DENSE, LIMIT = "dense", "dense without FFNs"
 
 
@@ -34,13 +33,13 @@ def contenders(dense: nn.Module | None, converted: nn.Module) -> Mapping[str, Co
     if dense is not None:
         found[DENSE] = dense
         found[LIMIT] = partial(without_ffns, dense, find_ffns(dense))
-    if not hasattr(converted, "set_experts_implementation") or not _dispatched(converted):
-        return found | {"monge": converted}
+    if not dispatched_experts(converted):
+        return found | {NAME: converted}
     found |= {f"transformers {name}": partial(with_experts, converted, name) for name in THEIRS}
     with suppress(ValueError):  # experts for which Monge has no path
-        with with_experts(converted, "monge"):
+        with with_experts(converted, NAME):
             pass
-        found["monge"] = partial(with_experts, converted, "monge")
+        found[NAME] = partial(with_experts, converted, NAME)
     return found
 
 
@@ -48,7 +47,7 @@ def contenders(dense: nn.Module | None, converted: nn.Module) -> Mapping[str, Co
 def with_experts(model: Any, implementation: str) -> Iterator[nn.Module]:
     """The model with its experts computed in the named way, afterwards as before."""
     before = model.config._experts_implementation
-    if implementation == "monge":
+    if implementation == NAME:
         use_experts(model)
     else:
         model.set_experts_implementation(implementation)
@@ -73,7 +72,3 @@ def without_ffns(dense: nn.Module, ffns: Sequence[FFN]) -> Iterator[nn.Module]:
     finally:
         for module in modules:
             del module.forward
-
-
-def _dispatched(model: nn.Module) -> bool:
-    return any(hasattr(m, "is_concatenated") and hasattr(m, "down_proj") for m in model.modules())

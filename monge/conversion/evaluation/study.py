@@ -10,13 +10,10 @@ Shapes: N chunks, L tokens of a chunk.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from monge.conversion.config import ConvertConfig
@@ -37,7 +34,7 @@ from monge.conversion.evaluation.tasks import check_tasks
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.opening import open_any
 from monge.conversion.source import Source
-from monge.workspace.machine import usable_cores
+from monge.workspace.machine import torch_threads
 from monge.workspace.records import Records
 from monge.workspace.run import begin_run, check_digest, stored_run
 from monge.workspace.writing import prepare_folder, write_json
@@ -86,7 +83,7 @@ def evaluate(
     """
     out, config, observer = Path(out), config or EvalConfig(), observer or Silent()
     check_tasks(config.task_names)
-    with _threads(config.threads):
+    with torch_threads(config.threads):
         settings = {"model": str(model), "against": str(against), **asdict(config)}
         stored = stored_run(out, "eval", settings)
         dense, converted = open_any(against), open_any(model, dtype=DTYPES[config.dtype])
@@ -169,13 +166,3 @@ def _check_pair(dense: Source, converted: Source, config: EvalConfig) -> None:
         )
     if config.task_names and not dense.causal:
         raise ValueError(f"{dense.name} is an encoder, which the zero-shot tasks cannot ask: leave out tasks")
-
-
-@contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(wanted, usable_cores()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
