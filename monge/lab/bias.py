@@ -23,10 +23,11 @@ def bias_figures(model: nn.Module, batch: Examples, config: ExperimentConfig) ->
     """``bias_gap``: mean bias of the experts favoured at the start less that of the others, where it ends (it
     started at ``router_bias``). ``bias_gradient``: norm of the gradient of the training loss to the bias on
     one batch, routed as in training (SSR: a transport step), auxiliary losses included. Means over layers;
-    None without such a bias.
+    None without such a bias, or where it is fixed (hash).
     """
-    biases: list[Any] = [layer.router.bias for layer in moe_layers(model).values()]
-    if not config.router_bias or not biases:
+    of_layers = [layer.router.bias for layer in moe_layers(model).values()]
+    biases = [bias for bias in of_layers if bias is not None and bias.requires_grad]
+    if not biases or not config.router_bias:
         return {"bias_gap": None, "bias_gradient": None}
     bias_LE = torch.stack([bias.detach() for bias in biases]).cpu().double()
     favoured = config.biased_experts
