@@ -25,8 +25,8 @@ def bias_figures(model: nn.Module, batch: Examples, config: ExperimentConfig) ->
     one batch, routed as in training (SSR: a transport step), auxiliary losses included. Means over layers;
     None without such a bias, or where it is fixed (hash).
     """
-    of_layers = [layer.router.bias for layer in moe_layers(model).values()]
-    biases = [bias for bias in of_layers if bias is not None and bias.requires_grad]
+    of_layers: list[Any] = [layer.router.bias for layer in moe_layers(model).values()]
+    biases: list[Tensor] = [bias for bias in of_layers if bias is not None and bias.requires_grad]
     if not biases or not config.router_bias:
         return {"bias_gap": None, "bias_gradient": None}
     bias_LE = torch.stack([bias.detach() for bias in biases]).cpu().double()
