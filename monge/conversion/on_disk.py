@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from monge.conversion.stages import Stages
 from monge.routing.router import Router
+from monge.workspace.memory import give_back
 
 _MARK = "on_disk"  # attribute of a layer that lies on disk
 
@@ -42,18 +43,21 @@ class Place:
         self.users += 1
 
     def leave(self, layer: nn.Module) -> None:
-        """Let go of the weights when nobody needs them any more.
-
-        Routers stay: they are a few per mille, and an export chooses its architecture by their values.
-        """
+        """Let go of the weights when nobody needs them any more."""
         if not self.users:  # its reading failed
             return
         self.users -= 1
         if not self.users:
-            routers = [f"{name}." for name, module in layer.named_modules() if isinstance(module, Router)]
-            state = layer.state_dict()
-            dropped = {name: t.to("meta") for name, t in state.items() if not name.startswith(tuple(routers))}
-            layer.load_state_dict(state | dropped, assign=True)
+            _drop(layer)
+            give_back()
+
+
+def _drop(layer: nn.Module) -> None:
+    """Routers stay: they are a few per mille, and an export chooses its architecture by their values."""
+    routers = [f"{name}." for name, module in layer.named_modules() if isinstance(module, Router)]
+    state = layer.state_dict()
+    dropped = {name: t.to("meta") for name, t in state.items() if not name.startswith(tuple(routers))}
+    layer.load_state_dict(state | dropped, assign=True)
 
 
 def put_on_disk(layer: nn.Module, keys: Mapping[str, tuple[Path, str]]) -> None:

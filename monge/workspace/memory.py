@@ -1,9 +1,15 @@
-"""The largest memory of a stretch of a process: resident on the CPU, allocated on an accelerator."""
+"""The largest memory of a stretch of a process: resident on the CPU, allocated on an accelerator.
+
+And freed memory given back to the system, which the C library may keep otherwise.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,3 +39,21 @@ def peak_bytes(device: str) -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
+
+
+def give_back() -> None:
+    """Return freed memory of the CPU to the system, where the C library can (glibc).
+
+    It keeps the gaps between what is still in use for later requests. After a few dozen tensors of megabytes,
+    taken and let go of, these gaps can be larger than what is in use.
+    """
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return None
