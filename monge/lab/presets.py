@@ -13,6 +13,9 @@ _ALL = (
     DENSE, "topk", "switch", "noisy_topk", "sigmoid", "lossfree", "quantile", "base", "sbase",
     "expert_choice", "hash", "ssr", "ssr:p=1", "ssr:carry=True", "maxscore", "prices",
 )  # fmt: skip
+_BALANCING = (
+    DENSE, "topk", "switch", "lossfree", "quantile", "ssr", "ssr:p=1", "ssr:carry=True", "maxscore", "prices",
+)  # fmt: skip
 _SSR_P = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
 PAPERS = (
@@ -43,8 +46,14 @@ _NATURAL = CompareConfig(
 
 PRESETS: dict[str, ExperimentConfig] = {
     "quick": CompareConfig(),
-    "stress": CompareConfig(
-        preset="stress", routers=_ALL, router_bias=3.0, steps=300, expert_width=64, load_every=10
+    "stress": replace(
+        _NATURAL,
+        preset="stress",
+        routers=_BALANCING,
+        router_bias=3.0,
+        steps=600,
+        load_every=10,
+        eval_every=50,
     ),
     "natural": _NATURAL,
     "papers": replace(_NATURAL, preset="papers", routers=PAPERS),
