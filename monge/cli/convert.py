@@ -26,7 +26,7 @@ class Arguments:
 
     Calibrates, divides the neurons of every layer, fits its router and refits its output projection in closed
     form, fine-tunes within --minutes, and measures the result on held-out text. Repeating the command after
-    an interruption goes on where it stopped. Under torchrun all processes share the steps of fine-tuning.
+    an interruption goes on where it stopped. Under torchrun all processes share the steps of training.
     """
 
     model: tyro.conf.Positional[str]

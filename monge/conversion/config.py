@@ -62,7 +62,7 @@ class ConvertConfig:
     eval_tokens: int = 4_096
     """Tokens of the held-out evaluation in the report."""
 
-    start: str = ""
+    start_from: str = ""
     """For method dot: the method whose partition it starts from, such as ot_lloyd; empty for none."""
     align_steps: int = 300
     """Steps of the joint training of method dot, or of routers where router is trained."""
@@ -103,6 +103,11 @@ class ConvertConfig:
             raise ValueError(f"shared must be a share in [0, 1), got {self.shared}")
         if self.minutes < 0 or not 0 < self.rate < 1:
             raise ValueError(f"minutes must be >= 0 and rate in (0, 1), got {self.minutes} and {self.rate}")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether partitions or routers are trained jointly, through the whole model."""
+        return self.method == "dot" or self.router == "trained"
 
     def layers_of(self, count: int) -> list[int]:
         """The layers to convert of a model that has ``count``.

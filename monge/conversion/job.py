@@ -154,15 +154,17 @@ def _gates(source: Source, ffns: list[FFN], config: ConvertConfig) -> str:
 
 
 def _check_method(config: ConvertConfig) -> None:
-    for name in (config.method, config.start):
+    for name in (config.method, config.start_from):
         if name and name not in METHODS:
             raise ValueError(f"there is no method {name!r}; methods: {', '.join(METHODS)}")
-    if config.start and METHODS[config.method].function is not None:
-        raise ValueError(f"start={config.start!r} is for method dot, which can start from a partition")
-    dense = METHODS[config.method].dense or (config.start and METHODS[config.start].dense)
-    if dense and (config.start or config.router == "trained"):
+    if config.start_from and METHODS[config.method].function is not None:
+        raise ValueError(
+            f"start_from={config.start_from!r} is for method dot, which can start from a partition"
+        )
+    dense = METHODS[config.method].dense or (config.start_from and METHODS[config.start_from].dense)
+    if dense and (config.start_from or config.router == "trained"):
         raise ValueError("static pruning has no experts: it is no start and has no router to train")
-    names = [name for name in (config.method, config.start) if name]
+    names = [name for name in (config.method, config.start_from) if name]
     if config.budgets and (dense or any(METHODS[name].needs_gradients for name in names)):
         raise ValueError(f"method {names[-1]!r} divides all layers alike: leave budgets out")
     if dense and config.layers:
@@ -176,7 +178,7 @@ def _check_method(config: ConvertConfig) -> None:
 def _check_stream(model: str | Path | nn.Module, config: ConvertConfig, out: Path | None) -> None:
     if isinstance(model, nn.Module) or out is None:
         raise ValueError("stream is for a checkpoint's folder or hub name, converted into a folder (out=...)")
-    methods = [METHODS[name] for name in (config.method, config.start) if name]
+    methods = [METHODS[name] for name in (config.method, config.start_from) if name]
     whole = {
         f"method {config.method!r}": any(m.function is None or m.needs_gradients for m in methods),
         f"router {config.router!r}": config.router == "trained",

@@ -100,10 +100,10 @@ def convert(
     folder = None if out is None else Path(out)
     if ranks.size > 1 and (folder is None or stream):
         raise ValueError(
-            f"{ranks.size} processes share the fine-tuning of a whole model, and find stages in one "
+            f"{ranks.size} processes share the training of a whole model, and find stages in one "
             "folder: give out, and leave stream to a single process"
         )
-    if config.minutes:
+    if config.minutes or config.aligns:
         ranks.check_batch(config.batch)
     with torch_threads(config.threads):
         began = time.perf_counter()
@@ -111,8 +111,7 @@ def convert(
             job = open_job(model, config, folder, tokenizer, inputs, observer, stream, ranks)
         for line in job.plan.lines():
             observer.message(line)
-        with ranks.first_alone():
-            _transform(job)
+        _transform(job)
         finetune_model(job)
         if ranks.first:
             summary = assess(job)
@@ -126,24 +125,29 @@ def convert(
 
 
 def _transform(job: Job) -> None:
-    """The model of the job becomes the converted one, but for fine-tuning."""
-    importance = importance_of(job)
+    """The model of the job becomes the converted one, but for fine-tuning.
+
+    The first process alone does what is not joint training; the others find its stages.
+    """
+    with job.ranks.first_alone():
+        importance = importance_of(job)
     given = aligned_partitions(job, importance)
-    convert_layers(
-        job.source.model,
-        job.ffns,
-        job.chunks,
-        job.config,
-        job.stages,
-        gates=job.gates,
-        given=given,
-        importance=importance,
-        observer=job.observer,
-        record=job.record,
-    )
-    if job.config.refit and job.source.causal and job.corpus is not None:
-        scale = calibrate_certainty(job.source.model, job.reopen(), job.corpus.selection_NL)
-        job.record({"kind": "scale", "scale": scale})
+    with job.ranks.first_alone():
+        convert_layers(
+            job.source.model,
+            job.ffns,
+            job.chunks,
+            job.config,
+            job.stages,
+            gates=job.gates,
+            given=given,
+            importance=importance,
+            observer=job.observer,
+            record=job.record,
+        )
+        if job.config.refit and job.source.causal and job.corpus is not None:
+            scale = calibrate_certainty(job.source.model, job.reopen(), job.corpus.selection_NL)
+            job.record({"kind": "scale", "scale": scale})
 
 
 def _write(job: Job, summary: dict[str, Any]) -> Path | None:

@@ -137,7 +137,7 @@ def make_plan(
     tables, head = _embeddings(model)
     flops_dense = 2 * (dense - tables)
     work += PASSES * (flops_dense - 2 * head) * config.tokens
-    if config.method == "dot" or config.router == "trained":
+    if config.aligns:
         work += ALIGN_PASSES * flops_dense * config.align_steps * config.batch * config.length
     speed = flops_per_second or measure_speed()
     return Plan(

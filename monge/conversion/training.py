@@ -5,6 +5,7 @@ Shapes: N sequences, L tokens in each, C clusters of tokens, F neurons.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -26,7 +27,7 @@ MOST_STEPS = 100_000  # of fine-tuning: bounds the text that is drawn before the
 
 def importance_of(job: Job) -> dict[int, Tensor]:
     """(C, F) gradient statistics by layer, for the method that needs them."""
-    if not any(METHODS[name].needs_gradients for name in (job.config.method, job.config.start) if name):
+    if not any(METHODS[name].needs_gradients for name in (job.config.method, job.config.start_from) if name):
         return {}
     stored = job.stages.load("importance")
     if stored is None:
@@ -42,20 +43,18 @@ def importance_of(job: Job) -> dict[int, Tensor]:
 def aligned_partitions(job: Job, importance: dict[int, Tensor]) -> dict[int, Partition]:
     """Partitions and routers by layer from joint training, where the settings ask for it."""
     config = job.config
-    learned = METHODS[config.method].function is None
-    if not learned and config.router != "trained":
+    if not config.aligns:
         return {}
+    learned = METHODS[config.method].function is None
     wanted = config.layers_of(len(job.ffns))
     ffns = [ffn for ffn in job.ffns if ffn.layer in wanted]
     stored = job.stages.load("aligned")
     if stored is None:
-        start = config.start if learned else config.method
+        start = config.start_from if learned else config.method
         partitions = None
         if start:
-            first = replace(config, method=start, router="ridge")
-            partitions = divide_layers(
-                job.source.model, job.ffns, job.chunks, first, importance, job.observer
-            )
+            with job.ranks.first_alone():
+                partitions = _divided(job, start, importance)
         result = align(
             job.source.model,
             ffns,
@@ -67,16 +66,37 @@ def aligned_partitions(job: Job, importance: dict[int, Tensor]) -> dict[int, Par
             seed=config.seed,
             checkpoint=job.stages.path("alignment"),
             observer=job.observer,
+            ranks=job.ranks,
         )
-        tensors = {}
-        for ffn, partition in zip(ffns, result.partitions):
-            tensors[f"labels.{ffn.layer}"] = partition.labels_F
-            if partition.router_NH is not None:
-                tensors[f"router.{ffn.layer}"] = partition.router_NH.detach()
-        stored = tensors, {}
-        job.stages.save("aligned", *stored)
-    tensors, _ = stored
-    return {layer: Partition(tensors[f"labels.{layer}"], tensors.get(f"router.{layer}")) for layer in wanted}
+        stored = _as_tensors(wanted, result.partitions), {}
+        if job.ranks.first:
+            job.stages.save("aligned", *stored)
+    return _as_partitions(stored[0])
+
+
+def _divided(job: Job, method: str, importance: dict[int, Tensor]) -> list[Partition]:
+    """Where joint training starts: the layers divided by another method, with ridge routers."""
+    stored = job.stages.load("divided")
+    if stored is None:
+        config = replace(job.config, method=method, router="ridge")
+        found = divide_layers(job.source.model, job.ffns, job.chunks, config, importance, job.observer)
+        stored = _as_tensors(config.layers_of(len(job.ffns)), found), {}
+        job.stages.save("divided", *stored)
+    return list(_as_partitions(stored[0]).values())
+
+
+def _as_tensors(layers: Sequence[int], partitions: Sequence[Partition]) -> dict[str, Tensor]:
+    tensors = {}
+    for layer, partition in zip(layers, partitions, strict=True):
+        tensors[f"labels.{layer}"] = partition.labels_F
+        if partition.router_NH is not None:
+            tensors[f"router.{layer}"] = partition.router_NH.detach()
+    return tensors
+
+
+def _as_partitions(tensors: dict[str, Tensor]) -> dict[int, Partition]:
+    layers = sorted(int(name.removeprefix("labels.")) for name in tensors if name.startswith("labels."))
+    return {layer: Partition(tensors[f"labels.{layer}"], tensors.get(f"router.{layer}")) for layer in layers}
 
 
 def finetune_model(job: Job) -> None:

@@ -108,7 +108,8 @@ class Ranks:
         """Give ``tensors`` the values that they have in the first process."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+                if tensor.numel():
+                    dist.broadcast(tensor.detach(), 0)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """The mean over the processes, in place; a parameter that got none anywhere keeps none.

@@ -70,7 +70,7 @@ def test_a_folder_becomes_a_standard_checkpoint_with_its_records(tiny_folder, co
         {"method": "static"},
         {"method": "gradient"},
         {"method": "dot"},
-        {"method": "dot", "start": "ot_lloyd"},
+        {"method": "dot", "start_from": "ot_lloyd"},
         {"method": "random", "router": "trained"},
         {"minutes": 0.02},
         {"minutes": 0.02, "trainable": "low_rank", "rank": 2},
@@ -180,7 +180,7 @@ def test_a_disk_that_fills_up_leaves_a_folder_that_can_go_on(
     [
         ({"method": "kmeans"}, "no method 'kmeans'.*ot_lloyd"),
         ({"to": "gpt5"}, "no target 'gpt5'"),
-        ({"start": "ot_lloyd"}, "start='ot_lloyd' is for method dot"),
+        ({"start_from": "ot_lloyd"}, "start_from='ot_lloyd' is for method dot"),
         ({"method": "static", "router": "trained"}, "static pruning has no experts"),
         ({"method": "static", "layers": (0, 1)}, "static pruning needs all layers"),
         ({"experts": 64}, "experts=64"),

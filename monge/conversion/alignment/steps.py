@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from monge.conversion.alignment.config import AlignmentConfig
 from monge.conversion.alignment.masks import NeuronMask, lifted
 from monge.conversion.alignment.objective import Terms, distance, router_losses
 from monge.conversion.observer import Observer
+from monge.ot.distributed import LOCAL, RowGroup
 from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
+from monge.workspace.ranks import ALONE, Ranks
 
 TRACES = ("loss", "kl", "ce", "z", "balance", "changed", "rate")
 BETAS = (0.9, 0.99)
@@ -32,6 +35,7 @@ class Trainer:
     Args:
         teacher: a frozen copy of the dense model, or None: the weights stay, and the model is its own teacher
             with the masks lifted.
+        ranks: the processes that share every step. All start with the masks of the first.
     """
 
     def __init__(
@@ -42,7 +46,9 @@ class Trainer:
         steps: int,
         *,
         teacher: nn.Module | None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks, self.rows = ranks, LOCAL if ranks.size == 1 else RowGroup(dist.group.WORLD)
         self.model, self.masks, self.teacher = model, list(masks), teacher
         self.config, self.steps = config, steps
         weights = _own_weights(model) if teacher is not None else []
@@ -52,6 +58,7 @@ class Trainer:
         self.optimizer = self._make_optimizer(weights)
         for mask in self.masks:
             mask.rounding, mask.router_temperature = config.rounding, config.router_temperature
+        ranks.start_alike(self.state.state_dict().values())
 
     def run(
         self, chunks: Sequence[Tensor], checkpoint: Path | None, observer: Observer
@@ -73,7 +80,8 @@ class Trainer:
             for name in TRACES:
                 history[name].append(values[name])
             done = step + 1
-            if checkpoint is not None and (done % self.config.checkpoint_every == 0 or done == self.steps):
+            due = done % self.config.checkpoint_every == 0 or done == self.steps
+            if checkpoint is not None and self.ranks.first and due:
                 self._save(checkpoint, history)
             observer.advance(1, f"loss {values['loss']:.3f}")
         for mask in self.masks:
@@ -90,9 +98,10 @@ class Trainer:
         for mask in self.masks:
             mask.temperature = config.temperature(step, self.steps)
             mask.estimator = config.estimator if mask.learning else config.settled_estimator
-        terms = self._terms(tokens_BL)
+        terms = self._terms(tokens_BL[self.ranks.rank :: self.ranks.size])
         loss = terms.total(config)
-        value = loss.item()
+        parts = (loss, terms.kl, terms.ce, terms.z, terms.balance)
+        value, kl, ce, z, balance = self.ranks.mean([part.item() for part in parts])
         if not math.isfinite(value):
             raise ValueError(
                 f"the loss of joint training became {value} at step {step + 1} of {self.steps}: lower the "
@@ -100,6 +109,7 @@ class Trainer:
                 f"{config.weight_rate:g})"
             )
         loss.backward()
+        self.ranks.average_gradients(self.state.parameters())
         nn.utils.clip_grad_norm_(self.state.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,10 +117,10 @@ class Trainer:
             mask.remember(config.average)
         return {
             "loss": value,
-            "kl": terms.kl.item(),
-            "ce": terms.ce.item(),
-            "z": terms.z.item(),
-            "balance": terms.balance.item(),
+            "kl": kl,
+            "ce": ce,
+            "z": z,
+            "balance": balance,
             "changed": self._changed(before),
             "rate": rate,
         }
@@ -124,7 +134,7 @@ class Trainer:
                     dense_BLV = logits_of(self.model, tokens_BL)
         kl, ce = distance(logits_of(self.model, tokens_BL), dense_BLV, tokens_BL)
         routed = [(mask.logits_TN, mask.top_k) for mask in self.masks if mask.logits_TN is not None]
-        z, balance = router_losses(routed)
+        z, balance = router_losses(routed, self.rows)
         for mask in self.masks:
             mask.logits_TN = None
         return Terms(kl, ce, z, balance)

@@ -19,6 +19,7 @@ from monge.conversion.alignment.start import starting_masks, unlearned_partition
 from monge.conversion.alignment.steps import Trainer
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.types import FFN, ExpertShape, Partition
+from monge.workspace.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ def align(
     seed: int = 0,
     checkpoint: Path | None = None,
     observer: Observer | None = None,
+    ranks: Ranks = ALONE,
 ) -> Aligned:
     """Train the partitions and routers of all layers together through the whole model.
 
@@ -77,10 +79,12 @@ def align(
         checkpoint: file to write every ``config.checkpoint_every`` steps and after the last, and to go on
             from where it exists.
         observer: is told of every step.
+        ranks: the processes that share the sequences of every step; all call this alike, and the first
+            writes the checkpoint.
 
     Raises:
-        ValueError: arguments that do not fit each other, nothing to train, a checkpoint of another run, or a
-            loss that is no longer finite.
+        ValueError: arguments that do not fit each other, nothing to train, a checkpoint of another run,
+            chunks that do not divide among the processes, or a loss that is no longer finite.
         OSError: the checkpoint could not be written.
 
     Source: DOT-MoE, arXiv 2606.01666.
@@ -103,6 +107,11 @@ def align(
     """
     config = config or AlignmentConfig()
     _check(chunks, shapes, partitions, routers, config, steps)
+    if uneven := [len(tokens_BL) for tokens_BL in chunks if len(tokens_BL) % ranks.size]:
+        raise ValueError(
+            f"a step of {uneven[0]} sequences does not divide among {ranks.size} processes: let --batch, and "
+            f"the number of sequences in --tokens, be multiples of {ranks.size}"
+        )
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if config.weight_rate else None
     with _frozen(model):
         started = partitions or unlearned_partitions(model, ffns, shapes, chunks)
@@ -115,7 +124,7 @@ def align(
             head_start=config.head_start if partitions else 0.0,
             seed=seed,
         )
-        trainer = Trainer(model, masks, config, steps, teacher=teacher)
+        trainer = Trainer(model, masks, config, steps, teacher=teacher, ranks=ranks)
         with masked(ffns, masks):
             history = trainer.run(chunks, checkpoint, observer or Silent())
     return Aligned([mask.partition() for mask in masks], history)
