@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not part of the package
 
-from benchmarks import compare, moe_growth
+from benchmarks import claims, compare, moe_growth
 
 OLD = [
     {"case": "a", "T": 1, "ms": {"ours": 2.0, "theirs": 8}, "ratio": 4.0},
@@ -66,3 +66,38 @@ def test_exponents_of_a_power_and_of_a_cliff():
     assert fitted == pytest.approx(1.5)
     assert steepest == pytest.approx(1.5)
     assert moe_growth.exponents(sizes, [1.0, 2.0, 4.0, 64.0])[1] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "options", "verdict"),
+    [
+        ([1.0, 1.1, 1.2], {}, "holds"),  # .5 below, every seed alike
+        ([2.0, 2.1, 2.2], {}, "does not hold"),
+        ([1.5, 1.7, 1.6], {}, "not decidable"),
+        ([1.0, 1.1, 1.2], {"less": False}, "does not hold"),
+        ([1.0, 1.1, 1.2], {"threshold": -0.6}, "does not hold"),
+        ([2.0, 2.1, 2.2], {"threshold": 0.4, "less": False}, "holds"),
+        ([1.0, 1.1, 1.2], {"times": 0.5}, "does not hold"),
+        ([0.0, 0.0, 0.0], {"than": None, "threshold": 1e-9}, "holds"),
+        ([0.0, 0.0, 1.0], {"than": None, "threshold": 1e-9}, "not decidable"),
+        ([1.0], {}, "not run"),
+    ],
+)
+def test_a_claim_is_judged_by_its_interval(ours, options, verdict):
+    runs = {
+        "ours": {seed: {"val_loss": value} for seed, value in enumerate(ours)},
+        "theirs": {seed: {"val_loss": value} for seed, value in enumerate([1.5, 1.6, 1.7])},
+    }
+    claim = claims.Claim("paper", "it is lower", "natural", "ours", **({"than": "theirs"} | options))
+    told, judged, seeds = claims.judge(claim, runs)
+    assert judged == verdict
+    assert seeds == len(ours)
+    assert bool(told) == (verdict != "not run")
+
+
+def test_a_measure_is_a_path_or_a_difference():
+    record = {"corrupted": {"random tokens": {"0.15": 0.5}}, "a": 3.0, "b": 1.0}
+    runs = {"ours": {0: record, 1: record}}
+    for measure, value in (("corrupted/random tokens/0.15", "+0.5000"), ("a - b", "+2.0000")):
+        told, _, _ = claims.judge(claims.Claim("", "", "", "ours", measure=measure), runs)
+        assert told.startswith(value)
