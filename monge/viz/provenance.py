@@ -13,7 +13,8 @@ def origin(config: Mapping[str, Any]) -> list[str]:
     """Machine and software of a run, as paragraphs, from its ``config.json``."""
     machine, versions = config.get("machine", {}), config.get("versions", {})
     where = [str(machine["cpu"])] if machine.get("cpu") else []
-    where += [f"{machine[name]} {name}" for name in ("cores", "threads") if name in machine]
+    counts = {name: machine[f"{name}s"] for name in ("core", "thread") if f"{name}s" in machine}
+    where += [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
         page.paragraph(f"Machine: {', '.join(where)}." if where else ""),

@@ -19,6 +19,7 @@ from viz.fake_records import write_fake_run
 from monge.viz import figure_paths, write_report
 from monge.viz.heatmap import paint
 from monge.viz.names import label
+from monge.viz.provenance import origin
 
 CASES = {
     "several seeds": {},
@@ -179,3 +180,9 @@ def test_loads_are_painted_symmetrically_around_the_mean():
     np.testing.assert_allclose(rgba[:, 3], [1, 1, 0.5, 0, 0.5, 1, 1])
     assert (rgba[:3, 2] > rgba[:3, 0]).all()  # blue below
     assert (rgba[4:, 0] > rgba[4:, 2]).all()  # orange above
+
+
+@pytest.mark.parametrize(("threads", "told"), [(1, "2 cores, 1 thread."), (2, "2 cores, 2 threads.")])
+def test_the_machine_is_told_in_singular_and_plural(threads, told):
+    machine, _ = origin({"machine": {"cpu": "a CPU", "cores": 2, "threads": threads}})
+    assert f"a CPU, {told}" in machine
