@@ -23,8 +23,8 @@ _NEEDED = ("transformers", "tokenizers", "matplotlib")
 class TextArguments:
     """Train small models on real text or images that differ in their router alone, and compare them.
 
-    Repeating the command after an interruption goes on where it stopped. Under torchrun all processes share
-    every batch.
+    Repeating the command after an interruption goes on where it stopped, and with more routers or seeds adds
+    those to what is there. Under torchrun all processes share every batch.
     """
 
     settings: CompareConfig

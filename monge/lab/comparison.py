@@ -38,7 +38,8 @@ def compare(config: ExperimentConfig, out: Path, *, observer: Observer | None = 
     layers replaced by `monge.MoE`, the same initial weights and the same data in the same order,
     ``config.steps`` steps, then the measurements of `monge.lab.evaluation.evaluate`. ``out`` receives
     ``config.json``, ``tokenizer.json`` (text), ``records.jsonl`` and ``summary.json``. The same call goes on
-    after an interruption at any moment, with bit-identical results at the same number of threads.
+    after an interruption at any moment, with bit-identical results at the same number of threads. With other
+    routers or seeds it extends the comparison: runs that ``out`` holds are not repeated.
 
     Where ``torch.distributed`` is initialised all processes call this alike, with one folder: they share the
     batch of every step, and routers balance over all of it (`monge.routing.use_group`). The first one

@@ -14,7 +14,9 @@ from monge.lab.tokenizer import Corpus, load_corpus, load_tokenizer
 from monge.workspace.packaged import install_command
 from monge.workspace.run import begin_run, check_digest, stored_run
 from monge.workspace.text import Domain, find_domains, missing_packages
-from monge.workspace.writing import write_atomic
+from monge.workspace.writing import write_atomic, write_json
+
+FREE = ("routers", "seeds")  # settings that may change in a folder: no run depends on them
 
 
 def find_data(config: ExperimentConfig) -> Sequence[Domain] | Images:
@@ -42,10 +44,12 @@ def missing_note(config: ExperimentConfig) -> str:
 def open_folder(out: Path, config: ExperimentConfig, found: Sequence[Domain] | Images) -> Data:
     """The experiment's data; `out` becomes its folder, or is the folder of the same experiment already.
 
+    Which routers are compared and over how many seeds may have changed since: runs do not depend on it.
+
     Raises:
         ValueError: `out` holds an experiment with other settings or data; the message names what differs.
     """
-    stored = stored_run(out, "compare", asdict(config))
+    stored = stored_run(out, "compare", asdict(config), free=FREE)
     if isinstance(found, Images):
         _begin(out, config, stored, "set of images", found)
         return found
@@ -65,5 +69,8 @@ def _begin(
     """Write ``config.json``, or check that the data is still that of the run that wrote it."""
     if stored is not None:
         check_digest(out, what, stored["data"]["digest"], data.digest)
+        begun_with = {name: stored["config"][name] for name in FREE}
+        if begun_with != {"routers": list(config.routers), "seeds": config.seeds}:
+            write_json(out / "config.json", stored | {"config": asdict(config)})
     else:
         begin_run(out, "compare", asdict(config), preset=config.preset, data=data.about)

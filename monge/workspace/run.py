@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ from monge.workspace.writing import write_json
 OWN_FILES = ("records.jsonl", "summary.json", "tokenizer.json")
 
 
-def stored_run(out: Path, command: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def stored_run(
+    out: Path, command: str, settings: Mapping[str, Any], *, free: Collection[str] = ()
+) -> dict[str, Any] | None:
     """What an earlier start of the same command with the same settings wrote, or None in a new folder.
+
+    Settings named in ``free`` may be others than they were.
 
     Raises:
         ValueError: ``out`` holds something else, or a run with other settings; the message says which.
@@ -31,7 +35,7 @@ def stored_run(out: Path, command: str, settings: Mapping[str, Any]) -> dict[str
     stored = _read(path, command)
     wanted = json.loads(json.dumps(dict(settings)))  # tuples become lists, as they were stored
     before = stored["config"]
-    names = [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]
+    names = [n for n in {**before, **wanted} if n not in free and before.get(n) != wanted.get(n)]
     if names:
         changes = ", ".join(f"{name} (was {before.get(name)}, now {wanted.get(name)})" for name in names)
         raise ValueError(

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -130,3 +130,24 @@ def test_kill_9_at_random_moments_changes_nothing(make_config, tmp_path):
 def _size(out: Path) -> int:
     records = out / "records.jsonl"
     return records.stat().st_size if records.exists() else 0
+
+
+def test_more_routers_and_seeds_are_added_to_what_is_there(make_config, tmp_path):
+    few = make_config(routers=("topk", "noisy_topk"), seeds=1, steps=4)
+    many = replace(few, routers=("prices", "noisy_topk", "topk"), seeds=2)
+    begun = compare(few, tmp_path / "out")
+    counter = Interrupter(0)
+    compare(many, tmp_path / "out", observer=counter)
+    assert -counter.left == 4 * (3 * 2 - 2)  # steps: of the runs that were missing
+    compare(many, tmp_path / "whole")
+    by_run = [
+        sorted(_results(tmp_path / name), key=lambda row: json.dumps(row, sort_keys=True))
+        for name in ("out", "whole")
+    ]
+    assert by_run[0] == by_run[1]
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (stored["config"]["routers"], stored["config"]["seeds"]) == (list(many.routers), 2)
+    again = compare(few, tmp_path / "out")  # fewer: what was asked for, nothing is lost
+    assert [row["val_loss_mean"] for row in again] == [row["val_loss_mean"] for row in begun]
+    with pytest.raises(ValueError, match=r"other settings: steps \(was 4, now 5\)"):
+        compare(replace(many, steps=5), tmp_path / "out")
