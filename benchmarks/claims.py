@@ -99,7 +99,12 @@ CLAIMS = (
     ),
     *(
         Claim(OURS, "unbalanced on purpose: no dead experts", "stress", router, None, "dead_experts", 1e-9)
-        for router in ("topk", "ssr", "ssr:carry=True", "maxscore", "prices")
+        for router in ("ssr:carry=True", "maxscore", "prices")
+    ),
+    *(
+        Claim(OURS, "unbalanced on purpose: experts stay dead", "stress", router, None, "dead_experts", 1,
+              less=False)
+        for router in ("topk", "ssr")
     ),
 )  # fmt: skip
 
