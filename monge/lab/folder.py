@@ -12,7 +12,7 @@ from monge.lab.examples import Data
 from monge.lab.images import Images, load_images
 from monge.lab.tokenizer import Corpus, load_corpus, load_tokenizer
 from monge.workspace.packaged import install_command
-from monge.workspace.run import begin_run, check_digest, stored_run
+from monge.workspace.run import as_stored, begin_run, check_digest, stored_run
 from monge.workspace.text import Domain, find_domains, missing_packages
 from monge.workspace.writing import write_atomic, write_json
 
@@ -69,8 +69,7 @@ def _begin(
     """Write ``config.json``, or check that the data is still that of the run that wrote it."""
     if stored is not None:
         check_digest(out, what, stored["data"]["digest"], data.digest)
-        begun_with = {name: stored["config"][name] for name in FREE}
-        if begun_with != {"routers": list(config.routers), "seeds": config.seeds}:
-            write_json(out / "config.json", stored | {"config": asdict(config)})
+        if stored["config"] != (now := as_stored(asdict(config))):  # in what is free
+            write_json(out / "config.json", stored | {"config": now})
     else:
         begin_run(out, "compare", asdict(config), preset=config.preset, data=data.about)

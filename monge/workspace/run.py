@@ -33,7 +33,7 @@ def stored_run(
             )
         return None
     stored = _read(path, command)
-    wanted = json.loads(json.dumps(dict(settings)))  # tuples become lists, as they were stored
+    wanted = as_stored(settings)
     before = stored["config"]
     names = [n for n in {**before, **wanted} if n not in free and before.get(n) != wanted.get(n)]
     if names:
@@ -43,6 +43,11 @@ def stored_run(
             "it, or name another folder with --out."
         )
     return stored
+
+
+def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as ``config.json`` gives them back: tuples become lists."""
+    return json.loads(json.dumps(dict(settings)))
 
 
 def begin_run(out: Path, command: str, settings: Mapping[str, Any], **about: Any) -> dict[str, Any]:
