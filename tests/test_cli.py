@@ -161,7 +161,7 @@ def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path,
     assert "ot_lloyd text" in printed
     assert lab.config.seeds == 1
     assert lab.config.routers == ("dense", "topk", "ssr", "maxscore", "prices")
-    assert lab.config.steps == PRESETS["quick"].steps
+    assert lab.config.steps == PRESETS["quick"].steps // 2
 
 
 def test_report_draws_again(tmp_path, capsys):

@@ -27,6 +27,7 @@ from monge.conversion.ffn import layers_of
 from monge.conversion.linear import shape_of
 from monge.conversion.on_disk import in_memory
 from monge.conversion.types import FFN
+from monge.workspace.finite import all_finite
 
 BATCH_TOKENS = 1024  # of one pass through a layer; larger activations leave the caches and cost a fifth more
 AFFINE_TOLERANCE = 1e-3  # relative error of out = r + m y above which a layer is run again
@@ -141,7 +142,7 @@ def skip(streams: Streams, ffn: FFN) -> None:
 
 def check_finite(hidden: Tensor, where: str) -> None:
     """Raise ValueError where hidden states are not finite."""
-    if not torch.isfinite(hidden).all():
+    if not all_finite(hidden):
         raise ValueError(
             f"activations after {where} are NaN or infinite: the checkpoint is damaged, or overflows in "
             f"{hidden.dtype}; check the dense model's own output on the same text"

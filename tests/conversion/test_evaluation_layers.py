@@ -10,7 +10,7 @@ import torch
 from converted_models import convert_by_hand, inputs_of, narrow_by_hand
 
 from monge.conversion.evaluation import active_shares, measure_layers, oracle
-from monge.conversion.evaluation.layers import oracle_output
+from monge.conversion.evaluation.layers import ORACLE_EVERY, oracle_output
 from monge.conversion.exporting import export
 from monge.conversion.ffn import find_ffns
 from monge.conversion.opening import open_any
@@ -69,6 +69,10 @@ def test_a_pruned_model_is_compared_too(family, tiny_model, chunks_NL):
     layers = measure_layers(dense, pruned, chunks_NL, shares={1: 0.5})
     assert all(layer.error > 1e-3 for layer in layers)
     assert layers[0].oracle is None
+    ffn = find_ffns(dense)[1]
+    x_TH = inputs_of(pruned.get_submodule(ffn.name), pruned, {"input_ids": chunks_NL})[::ORACLE_EVERY]
+    best_TH, y_TH = oracle_output(ffn.read(), x_TH, 0.5), ffn.read()(x_TH)
+    assert layers[1].oracle == pytest.approx(float((best_TH - y_TH).square().sum() / y_TH.square().sum()))
     assert 0 < layers[1].oracle < layers[1].error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from monge.conversion.refit import refit_down, ridge, token_weights, weighted_gram
+from monge.conversion.refit import PANEL, SKETCH, refit_down, ridge, token_weights, weighted_gram
 from monge.conversion.router_fit import RidgeRouter, expert_energy, unit_logits
 from monge.conversion.types import SHARED, FFNWeights, LayerSample
 
@@ -57,6 +57,32 @@ def test_weighted_gram_sums_over_the_kept_tokens_in_pieces():
     kept, weights = h[keep].double(), w[keep].double()
     torch.testing.assert_close(gram, kept.T @ (weights[:, None] * kept), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(cross, kept.T @ (weights[:, None] * t[keep].double()), rtol=1e-5, atol=1e-4)
+
+
+def test_a_gram_matrix_of_several_panels_is_whole_and_symmetric():
+    F = PANEL + 70
+    h, t, w = draw(100, F), draw(100, 2, seed=1), draw(100, seed=2).abs()
+    gram, _ = weighted_gram(h, t, w, torch.ones(100, dtype=torch.bool))
+    torch.testing.assert_close(gram, h.double().T @ (w[:, None] * h).double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(gram, gram.T)
+
+
+def test_lambda_is_that_of_all_outputs_though_chosen_on_a_sketch_of_them():
+    """Outputs beyond the sketch's width, with the truth scaled so that each lambda wins once."""
+    lambdas, found = (0.01, 0.1, 1.0, 10.0), set()
+    for noise in (0.3, 3.0, 8.0, 30.0):
+        h, held_out = draw(400, 40, seed=7), torch.arange(400) % 8 == 7
+        old = draw(4 * SKETCH, 40, seed=8)
+        target = h @ (old + 0.5 * draw(*old.shape, seed=9)).T + noise * draw(400, len(old), seed=10)
+        alone = {
+            lam: refit_down(h, target, torch.ones(400), held_out, old, lambdas=(lam,)).error
+            for lam in lambdas
+        }
+        refit = refit_down(h, target, torch.ones(400), held_out, old, lambdas=lambdas)
+        assert refit.lam == min(alone, key=alone.get)
+        assert refit.error == alone[refit.lam]
+        found.add(refit.lam)
+    assert len(found) >= 3
 
 
 def test_a_linear_truth_is_recovered():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def test_the_scale_undoes_a_wrong_temperature(tiny_model):
     head = Head.of(model, ids[:1])
     assert fit_scale(states, states / 0.8, head) == pytest.approx(0.8)
     assert fit_scale(states, states, head) == pytest.approx(1.0)
+    capped = replace(head, softcap=2.0)  # whose logits do not grow in proportion to the states
+    assert fit_scale(states, states / 0.8, capped) == pytest.approx(0.8)
     noisy = states + 0.5 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     assert GRID[0] <= fit_scale(states, noisy, head) < 1
 

@@ -24,6 +24,8 @@ from monge.conversion.observer import Observer, Silent
 from monge.conversion.types import FFN, FFNWeights
 from monge.hf.blocks import SparseBlock, counted_loads, find_blocks
 
+ORACLE_EVERY = 4  # one token in so many; choosing the best neurons of a token takes longer than the FFN
+
 
 @dataclass(frozen=True)
 class LayerQuality:
@@ -32,7 +34,8 @@ class LayerQuality:
     Attributes:
         layer: counted from 0.
         error: ``sum_t |y(x_t) - y_dense(x_t)|^2 / sum_t |y_dense(x_t)|^2``, x of the converted stream.
-        oracle: the same for the best neurons of each token, as many as the layer uses; None for a dense FFN.
+        oracle: the same for the best neurons of each token, as many as the layer uses, over every fourth
+            token; None for a dense FFN.
         load: slots on each routed expert, empty for a dense FFN.
     """
 
@@ -159,8 +162,9 @@ class _Pair:
     share: float | None
     x: list[Tensor] = field(default_factory=list)
     wrong: float = 0.0
-    wrong_oracle: float = 0.0
     size: float = 0.0
+    wrong_oracle: float = 0.0
+    size_oracle: float = 0.0
 
     def attach(self) -> Iterator[Any]:
         yield self.entrance.register_forward_pre_hook(self._keep_input)
@@ -182,13 +186,15 @@ class _Pair:
         self.size += _energy(dense_TH)
         self.wrong += _energy(y_TH - dense_TH)
         if self.share is not None:
-            self.wrong_oracle += _energy(_best_neurons(weights, hidden_TF, self.share) - dense_TH)
+            few_TF, few_TH = hidden_TF[::ORACLE_EVERY], dense_TH[::ORACLE_EVERY]
+            self.size_oracle += _energy(few_TH)
+            self.wrong_oracle += _energy(_best_neurons(weights, few_TF, self.share) - few_TH)
 
     def result(self, loads: Mapping[int, Tensor]) -> LayerQuality:
-        scale = 1 / max(self.size, torch.finfo(torch.float64).tiny)
-        oracle_error = None if self.share is None else self.wrong_oracle * scale
+        error = _ratio(self.wrong, self.size)
+        oracle_error = None if self.share is None else _ratio(self.wrong_oracle, self.size_oracle)
         load = loads[self.ffn.layer].tolist() if self.block is not None else []
-        return LayerQuality(self.ffn.layer, self.wrong * scale, oracle_error, load)
+        return LayerQuality(self.ffn.layer, error, oracle_error, load)
 
 
 def _counterpart(
@@ -233,3 +239,7 @@ def _run(model: nn.Module, ids_BL: Tensor) -> None:
 
 def _energy(y_TH: Tensor) -> float:
     return float(y_TH.square().sum(dtype=torch.float64))
+
+
+def _ratio(wrong: float, size: float) -> float:
+    return wrong / max(size, torch.finfo(torch.float64).tiny)

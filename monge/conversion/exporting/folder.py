@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from monge.workspace.finite import all_finite
+
 FORMAT = 1
 """Of `ABOUT`; `monge.load` reads no other."""
 ABOUT = "monge.json"
@@ -120,7 +122,7 @@ def write_tensors(
         pending.clear()
 
     for name, tensor in tensors:
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{name} holds NaN or infinite values: the model is damaged, convert it anew")
         tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         if pending and size + tensor.nbytes > largest:
