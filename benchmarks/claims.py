@@ -155,6 +155,11 @@ def _at(record: dict, path: str) -> float:
     return float(record)  # type: ignore[arg-type]
 
 
+def _settings(preset: str) -> str:
+    """`papers` trains other routers than `natural`, in the same way: their runs may stand in one folder."""
+    return "natural" if preset == "papers" else preset
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,10 +171,12 @@ def main() -> None:
     for config in sorted(args.runs.glob("*/config.json")):
         stored = json.loads(config.read_text())
         if stored.get("command") == "compare":
-            presets.setdefault(stored["config"]["preset"], figures(config.parent))
+            runs = presets.setdefault(_settings(stored["config"]["preset"]), {})
+            for router, by_seed in figures(config.parent).items():
+                runs.setdefault(router, {}).update(by_seed)
     rows = []
     for claim in CLAIMS:
-        told, verdict, seeds = judge(claim, presets.get(claim.preset, {}))
+        told, verdict, seeds = judge(claim, presets.get(_settings(claim.preset), {}))
         what = f"{claim.measure}: {label(claim.router)}"
         if claim.than:
             what += " - " + (f"{claim.times:g} x " if claim.times != 1 else "") + label(claim.than)
