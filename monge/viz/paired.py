@@ -74,9 +74,10 @@ def _draw(ax: Axes, rows: list[Row], places: list[float], field: str, reference:
 
 
 def _limits(intervals: list[dict[str, float]]) -> tuple[float, float]:
-    """Room for all means but far outliers, and half as much again for the intervals."""
-    means = np.array([interval["mean"] for interval in intervals])
-    reach = max(3 * float(np.median(np.abs(means))), 1e-3)
+    """Room for all means but far outliers, and for four intervals of five."""
+    means = np.abs([interval["mean"] for interval in intervals])
+    halves = [interval["high"] - interval["mean"] for interval in intervals]
+    reach = max(3 * float(np.median(means)), float(np.quantile(halves, 0.8)), 1e-3)
     kept = [interval for interval in intervals if abs(interval["mean"]) <= 2 * reach] or intervals
     low = min(0.0, *(max(interval["low"], interval["mean"] - reach) for interval in kept))
     high = max(0.0, *(min(interval["high"], interval["mean"] + reach) for interval in kept))
