@@ -1,4 +1,7 @@
-"""The examples under torchrun on two gloo processes: the losses of one, and what a lost process leaves."""
+"""The examples under torchrun: the losses of one process on two, and what a lost process leaves.
+
+On gloo; on NCCL, unchanged, where there are accelerators.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 ROOT = Path(__file__).parents[1]
@@ -29,13 +33,18 @@ def command(script: str, processes: int, *arguments: object) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def environment(accelerated: bool = False) -> dict[str, str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return variables if accelerated else variables | {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(script: str, processes: int, *arguments: object) -> str:
+def run(script: str, processes: int, *arguments: object, accelerated: bool = False) -> str:
     done = subprocess.run(
-        command(script, processes, *arguments), env=environment(), capture_output=True, text=True, timeout=300
+        command(script, processes, *arguments),
+        env=environment(accelerated),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -64,6 +73,18 @@ def test_expert_parallel_losses_are_those_of_one_process(tmp_path):
     )
     assert list(alone) == list(both) == ["2", "4", "validation"]
     assert all(abs(alone[step] - both[step]) < 2e-3 for step in alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", ["train_ddp.py", "train_expert_parallel.py"])
+def test_losses_on_accelerators_are_those_of_a_processor(script, tmp_path):
+    texts = ("--text", ROOT / "docs" / "*.md", ROOT / "*.md") if "expert" in script else ()
+    options = (*texts, "--steps", 4, "--checkpoint-every", 2)
+    processes = min(2, torch.accelerator.device_count())
+    slow = losses(run(script, 1, "--out", tmp_path / "cpu", *options))
+    fast = losses(run(script, processes, "--out", tmp_path / "gpu", *options, accelerated=True))
+    assert list(slow) == list(fast)
+    assert all(abs(slow[step] - fast[step]) < 5e-3 for step in slow)
 
 
 def workers_of(launcher: int) -> dict[int, int]:
