@@ -102,7 +102,8 @@ def main() -> None:
             if (step + 1) % args.checkpoint_every == 0 or step + 1 == config.steps:
                 checkpoints.save(step + 1, model, optimizer)
                 say(f"step {step + 1}: loss {mean_over_ranks(loss):.4f}")
-        validation = window_examples(mine(corpus.val_NS))
+        whole = len(corpus.val_NS) // config.batch * config.batch  # the same for any number of processes
+        validation = window_examples(mine(corpus.val_NS[: whole or None]))
         val_loss = torch.tensor(mean_loss(model, validation, config), device=device)
         say(f"validation loss {mean_over_ranks(val_loss):.4f}")
 

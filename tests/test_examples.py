@@ -61,7 +61,7 @@ def test_data_parallel_losses_are_those_of_one_process(tmp_path):
     alone = losses(run("train_ddp.py", 1, "--out", tmp_path / "one", *options))
     both = losses(run("train_ddp.py", 2, "--out", tmp_path / "two", "--fsdp", *options))
     assert list(alone) == list(both) == ["2", "4"]
-    assert all(abs(alone[step] - both[step]) < 1e-4 for step in alone)
+    assert all(abs(alone[step] - both[step]) < 1e-4 for step in alone), (alone, both)
     assert alone["4"] < alone["2"]
 
 
@@ -72,7 +72,7 @@ def test_expert_parallel_losses_are_those_of_one_process(tmp_path):
         for processes in (1, 2)
     )
     assert list(alone) == list(both) == ["2", "4", "validation"]
-    assert all(abs(alone[step] - both[step]) < 2e-3 for step in alone)
+    assert all(abs(alone[step] - both[step]) < 2e-4 for step in alone), (alone, both)
 
 
 @pytest.mark.gpu
