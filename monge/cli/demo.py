@@ -28,7 +28,8 @@ PROMPTS = (
     "Water is made of",
 )
 WRITTEN = 32  # tokens after each prompt
-COMPARISON = replace(PRESETS["quick"], routers=ROUTERS, seeds=1, steps=300)  # half of the preset's steps
+QUICK = PRESETS["quick"]
+COMPARISON = replace(QUICK, routers=ROUTERS, seeds=1, steps=QUICK.steps // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
