@@ -120,15 +120,13 @@ def refit_down(
         for keep_T in (~held_out_T, held_out_T)
     )
     before = check.squared / total
-    refit = Refit(down_HF, float("inf"), before, before)
-    if not lambdas:
-        return refit
-    lam = _best_lambda(fit, check, lambdas)
-    error = check.error(fit.solve(lam)) / total
-    if error >= before:
-        return refit
-    whole_FH = old_FH + (fit + check).solve(lam)
-    return Refit(whole_FH.t().to(down_HF.dtype).contiguous(), lam, error, before)
+    if lambdas:
+        lam = _best_lambda(fit, check, lambdas)
+        error = check.error(fit.solve(lam)) / total
+        if error < before:  # which NaN is not
+            whole_FH = old_FH + (fit + check).solve(lam)
+            return Refit(whole_FH.t().to(down_HF.dtype).contiguous(), lam, error, before)
+    return Refit(down_HF, float("inf"), before, before)
 
 
 def _best_lambda(fit: _Moments, check: _Moments, lambdas: tuple[float, ...]) -> float:
