@@ -4,17 +4,24 @@ The system hands out new memory a page at a time, and zeroes each at its first u
 gradient of 400 MiB costs as much as several matrix products. numpy asks for pages of 2 MiB where it allocates
 4 MiB or more (``madvise``, on Linux), which makes that four to five times cheaper; torch does not unless the
 environment says ``THP_MEM_ALLOC_ENABLE=1``. So large buffers are numpy's, seen as tensors.
+
+The gradients of all experts are so large, and needed anew in every step, that even huge pages cost as much as
+some of the products. Their memory is kept for the next step (`gradient`).
 """
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Sequence
+from threading import RLock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 LARGE = 4 * 2**20  # bytes from which numpy asks for huge pages
+UNUSED = 3  # references to an array that only `Kept` knows: its list, the loop's variable, the argument
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -23,10 +30,60 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     For memory that is used once: what this returns never comes from a cache, so small buffers are torch's.
     """
     dtype = dtype or like.dtype
-    items = int(np.prod(shape, dtype=np.int64))
-    # deterministic mode may want NaN in new memory: that is torch's to do
-    fills = torch.are_deterministic_algorithms_enabled()
-    if like.device.type != "cpu" or items * dtype.itemsize < LARGE or fills:
+    if not (size := _large_size(like, shape, dtype)):
         return like.new_empty(shape, dtype=dtype)
-    memory = np.empty(items * dtype.itemsize, np.uint8)
+    return _seen(np.empty(size, np.uint8), shape, dtype)
+
+
+def gradient(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """``weight.new_empty(shape)``, a large one in the memory of an earlier gradient that nobody holds now.
+
+    There are never more of them than were in use at one time. They are given back when the last weight dies
+    that asked for one of their size.
+    """
+    if not (size := _large_size(weight, shape, weight.dtype)):
+        return weight.new_empty(shape)
+    return _kept.take(size, weight, shape)
+
+
+class Kept:
+    """Memory of gradients by its size in bytes, as long as weights with gradients of that size live."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()  # of one thread even if collecting garbage calls `_forget` within `take`
+        self._arrays: dict[int, list[np.ndarray]] = {}
+        self._weights: dict[int, set[int]] = {}  # their ids
+
+    def take(self, size: int, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """An array that no tensor looks at, or a new one, as a tensor of the weight's dtype."""
+        with self._lock:
+            weights, arrays = self._weights.setdefault(size, set()), self._arrays.setdefault(size, [])
+            if id(weight) not in weights:
+                weights.add(id(weight))
+                weakref.finalize(weight, self._forget, size, id(weight)).atexit = False
+            for memory in arrays:
+                if sys.getrefcount(memory) == UNUSED:
+                    return _seen(memory, shape, weight.dtype)
+            arrays.append(np.empty(size, np.uint8))
+            return _seen(arrays[-1], shape, weight.dtype)
+
+    def _forget(self, size: int, weight: int) -> None:
+        with self._lock:
+            self._weights[size].discard(weight)
+            if not self._weights[size]:
+                del self._weights[size], self._arrays[size]
+
+
+_kept = Kept()
+
+
+def _large_size(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes, or 0 where torch should allocate: small, on an accelerator, or to be filled with NaN."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    fills = torch.are_deterministic_algorithms_enabled()
+    return 0 if like.device.type != "cpu" or size < LARGE or fills else size
+
+
+def _seen(memory: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor keeps the array alive, and the array knows by its references that it is looked at."""
     return torch.from_numpy(memory).view(dtype).view(*shape)

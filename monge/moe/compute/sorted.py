@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from monge.moe.activations import ACTIVATIONS
-from monge.moe.compute.memory import empty
+from monge.moe.compute.memory import empty, gradient
 from monge.moe.compute.operator import differentiable, empty_gradients, sum_dtype
 from monge.moe.compute.precision import matrices, product_dtype
 from monge.moe.compute.rows import expert_backward, expert_forward
@@ -88,9 +88,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `differentiable`."""
     act = ACTIVATIONS[activation]
-    grads = empty_gradients(
-        grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, [False, needs[1], needs[2], needs[3], needs[4]], empty
-    )
+    grads = empty_gradients(grad_TH, weights_TK, proj_in_EJH, proj_out_EHI, [False, *needs[1:]], gradient)
     grad_hidden_TH, grad_weights_TK, grad_in_EJH, grad_out_EHI, grad_bias_EJ = grads
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=len(pre_RJ) == indices_TK.numel())
     R = len(slots.tokens_R)
