@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,12 @@ import torch
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as it is now, to be read alike by every run even if it is edited meanwhile."""
+    return Path(shutil.copytree(ROOT / "docs", tmp_path_factory.mktemp("texts") / "docs"))
 
 
 def command(script: str, processes: int, *arguments: object) -> list[str]:
@@ -56,8 +63,9 @@ def losses(printed: str) -> dict[str, float]:
     return {step or validation: float(loss) for step, validation, loss in found}
 
 
-def test_data_parallel_losses_are_those_of_one_process(tmp_path):
-    options = ("--router", "ssr", "--checkpoint-every", 2, "--steps", 4)
+def test_data_parallel_losses_are_those_of_one_process(texts, tmp_path):
+    files = sorted(texts.glob("*.md"))
+    options = ("--text", *files, "--router", "ssr", "--checkpoint-every", 2, "--steps", 4)
     alone = losses(run("train_ddp.py", 1, "--out", tmp_path / "one", *options))
     both = losses(run("train_ddp.py", 2, "--out", tmp_path / "two", "--fsdp", *options))
     assert list(alone) == list(both) == ["2", "4"]
@@ -65,8 +73,8 @@ def test_data_parallel_losses_are_those_of_one_process(tmp_path):
     assert alone["4"] < alone["2"]
 
 
-def test_expert_parallel_losses_are_those_of_one_process(tmp_path):
-    options = ("--text", ROOT / "docs" / "*.md", ROOT / "*.md", "--steps", 4, "--checkpoint-every", 2)
+def test_expert_parallel_losses_are_those_of_one_process(texts, tmp_path):
+    options = ("--text", texts / "*.md", "--steps", 4, "--checkpoint-every", 2)
     alone, both = (
         losses(run("train_expert_parallel.py", processes, "--out", tmp_path / str(processes), *options))
         for processes in (1, 2)
@@ -77,9 +85,9 @@ def test_expert_parallel_losses_are_those_of_one_process(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", ["train_ddp.py", "train_expert_parallel.py"])
-def test_losses_on_accelerators_are_those_of_a_processor(script, tmp_path):
-    texts = ("--text", ROOT / "docs" / "*.md", ROOT / "*.md") if "expert" in script else ()
-    options = (*texts, "--steps", 4, "--checkpoint-every", 2)
+def test_losses_on_accelerators_are_those_of_a_processor(script, texts, tmp_path):
+    files = [texts / "*.md"] if "expert" in script else sorted(texts.glob("*.md"))
+    options = ("--text", *files, "--steps", 4, "--checkpoint-every", 2)
     processes = min(2, torch.accelerator.device_count())
     slow = losses(run(script, 1, "--out", tmp_path / "cpu", *options))
     fast = losses(run(script, processes, "--out", tmp_path / "gpu", *options, accelerated=True))
