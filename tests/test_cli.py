@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from viz.fake_records import write_fake_run
 
 import monge.lab
@@ -137,17 +139,28 @@ def test_images_ask_for_the_vision_preset(monkeypatch, spelling):
 def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path, monkeypatch, capsys):
     from monge import conversion
     from monge.cli import demo
-    from monge.conversion import generation, source
+    from monge.conversion import corpus, generation, source
+    from monge.conversion.evaluation import quality
 
-    asked, written = [], []
+    asked, written, compared = [], [], []
 
     def convert(model, settings, *, out, observer):
         asked.append((model, settings.method, settings.ffn_active, settings.tokens, out.name))
-        summary = {"perplexity": 12.0, "perplexity_dense": 10.0, "kl": 0.2, "agreement": 0.8}
-        summary |= {"params_active": 70, "params_total": 100}
+        summary = {"params_active": 70, "params_total": 100}
         return conversion.ConvertResult(settings.method, None, settings, summary, out)
 
+    def open_corpus(tokenizer, settings):
+        return SimpleNamespace(evaluation_NL=torch.zeros(settings.eval_tokens // settings.length, 1))
+
+    def sum_predictors(dense, predictors, chunks_NL, *, observer):
+        compared.append((dense, predictors, len(chunks_NL)))
+        nll = {"ot_lloyd": 12, "static": 15, "random": 20}
+        return [quality.Sums(math.log(nll[p]), math.log(10), 0.2, 1, 1) for p in predictors]
+
     monkeypatch.setattr(conversion, "convert", convert)
+    monkeypatch.setattr(corpus, "open_corpus", open_corpus)
+    monkeypatch.setattr(quality, "predictor", lambda model: model)
+    monkeypatch.setattr(quality, "sum_predictors", sum_predictors)
     monkeypatch.setattr(source, "default_model", lambda: "smol")
     monkeypatch.setattr(source, "open_model", lambda model: SimpleNamespace(model="dense", tokenizer=None))
     monkeypatch.setattr(
@@ -157,7 +170,8 @@ def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path,
     assert asked == [("smol", method, 0.5, 8192, method) for method in demo.METHODS]
     assert written == ["dense", "ot_lloyd"] * len(demo.PROMPTS)
     printed = capsys.readouterr().out
-    assert "1.20x" in printed
+    assert compared == [("dense", list(demo.METHODS), 16)]  # 4,096 tokens
+    assert all(ratio in printed for ratio in ("1.20x", "1.50x", "2.00x"))
     assert "ot_lloyd text" in printed
     assert lab.config.seeds == 1
     assert lab.config.routers == ("dense", "topk", "ssr", "maxscore", "prices")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tyro
 from rich import box
@@ -20,9 +20,14 @@ from monge.cli.terminal import make_console, say
 from monge.conversion.config import ConvertConfig
 from monge.lab.presets import PRESETS
 
+if TYPE_CHECKING:
+    from monge.conversion import ConvertResult
+    from monge.conversion.source import Source
+
 ROUTERS = ("dense", "topk", "ssr", "maxscore", "prices")
 METHODS = ("ot_lloyd", "static", "random")
-CONVERSION = ConvertConfig(ffn_active=0.5, tokens=8_192, eval_tokens=4_096)
+CONVERSION = ConvertConfig(ffn_active=0.5, tokens=8_192, eval_tokens=256)
+EVAL_TOKENS = 4_096  # for all methods at once, the dense model being the same
 PROMPTS = (
     "My fellow citizens, the state of our union is",
     "Water is made of",
@@ -63,31 +68,40 @@ def _convert(out: Path) -> None:
 
     console = make_console()
     source = default_model()
-    results = {}
+    results: dict[str, ConvertResult] = {}
     for method in METHODS:
         say(console, f"SmolLM2 by {method}: {CONVERSION.ffn_active:.0%} of the FFN neurons active")
         with make_stage_progress(console) as progress:
             settings = replace(CONVERSION, method=method)
             results[method] = convert(source, settings, out=out / method, observer=progress)
-    _print(console, {method: result.summary for method, result in results.items()})
     dense = open_model(source)
+    _compare(console, dense, results)
     for prompt in PROMPTS:
         for name, model in (("dense", dense.model), ("converted", results[METHODS[0]].model)):
             text = generate_text(model, dense.tokenizer, prompt, tokens=WRITTEN)
             say(console, f"{name:<10}{prompt}{text.rstrip()}".replace("\n", " "))
 
 
-def _print(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
+def _compare(console: Console, dense: Source, results: dict[str, ConvertResult]) -> None:
+    """All conversions beside the dense model, on text that none of them has seen."""
+    from monge.conversion.corpus import open_corpus
+    from monge.conversion.evaluation.quality import predictor, sum_predictors
+
+    chunks_NL = open_corpus(dense.tokenizer, replace(CONVERSION, eval_tokens=EVAL_TOKENS)).evaluation_NL
+    with make_stage_progress(console) as progress:
+        progress.stage("evaluate", len(chunks_NL))
+        predictors = [predictor(result.model) for result in results.values()]
+        totals = sum_predictors(dense.model, predictors, chunks_NL, observer=progress)
     table = Table("method", "perplexity", "of dense", "KL", "same choice", "active", box=box.SIMPLE_HEAD)
-    dense = next(iter(summaries.values()))["perplexity_dense"]
-    table.add_row("dense", f"{dense:.2f}", "1.00x", "0", "100%", "100%")
-    for method, summary in summaries.items():
+    table.add_row("dense", f"{totals[0].means().perplexity_dense:.2f}", "1.00x", "0", "100%", "100%")
+    for (method, result), total in zip(results.items(), totals):
+        quality, summary = total.means(), result.summary
         table.add_row(
             method,
-            f"{summary['perplexity']:.2f}",
-            f"{summary['perplexity'] / dense:.2f}x",
-            f"{summary['kl']:.3f}",
-            f"{summary['agreement']:.0%}",
+            f"{quality.perplexity:.2f}",
+            f"{quality.perplexity / quality.perplexity_dense:.2f}x",
+            f"{quality.kl:.3f}",
+            f"{quality.agreement:.0%}",
             f"{summary['params_active'] / summary['params_total']:.0%}",
         )
     console.print(table)
