@@ -7,6 +7,7 @@ last checkpoint is whole whenever a process dies, and loads it into any number o
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -28,6 +29,9 @@ LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "nccl", "gloo
 def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
     """Join the processes that torchrun started; the device of this one.
 
+    A DistributedDataParallel module must not outlive the block: it would take the process group with it,
+    and then wait for threads that wait for the interpreter (pytorch issue 56297), seldom, but forever.
+
     A process that dies, or that is silent for ``timeout_s`` seconds, ends the job: the others say so, with
     the checkpoint from which the same command goes on, and exit with status 1; torchrun ends what is left.
     """
@@ -39,6 +43,7 @@ def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield device
+        gc.collect()  # DDP in a cycle of references is to go before the group, too
         dist.barrier()
     except RuntimeError as error:
         reason = str(error)

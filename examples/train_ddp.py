@@ -72,6 +72,36 @@ def batch_of(text_N: Tensor, step: int) -> Tensor:
     return text_N[mine_B[:, None] + torch.arange(S + 1)].long()
 
 
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """All steps. What holds the process group, such as DDP, is gone when this returns: see `job`."""
+    if BATCH % dist.get_world_size():
+        raise SystemExit(f"the batch of {BATCH} wants a number of processes that divides it")
+    files = args.text or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text_N = torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+    torch.manual_seed(0)  # the same weights everywhere
+    model: nn.Module = ByteModel(args.router).to(device)
+    use_group(model, new_group(args.timeout))  # apart from the messages of DDP
+    model = fully_shard(model) if args.fsdp else DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    checkpoints = Checkpoints(args.out)
+    first = checkpoints.load(model, optimizer)
+    say(f"{dist.get_world_size()} processes ({dist.get_backend()}), from step {first}")
+    for step in range(first, args.steps):
+        bytes_BS = batch_of(text_N, step).to(device)
+        with monge.watch(model) as watched:
+            logits_BSV = model(bytes_BS[:, :-1])
+        loss = F.cross_entropy(logits_BSV.flatten(0, 1), bytes_BS[:, 1:].flatten())
+        (loss + monge.aux_loss(model)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        monge.step(model)
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            checkpoints.save(step + 1, model, optimizer)
+            violation = watched.metrics()["total"]["max_violation"]
+            say(f"step {step + 1}: loss {mean_over_ranks(loss):.6f}, max violation {violation:.2f} here")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
@@ -83,34 +113,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60, help="seconds of silence that end the job")
     args = parser.parse_args()
     with job(args.out, args.timeout) as device:
-        if BATCH % dist.get_world_size():
-            raise SystemExit(f"the batch of {BATCH} wants a number of processes that divides it")
-        files = args.text or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        text_N = torch.frombuffer(
-            bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8
-        )
-        torch.manual_seed(0)  # the same weights everywhere
-        model: nn.Module = ByteModel(args.router).to(device)
-        use_group(model, new_group(args.timeout))  # apart from the messages of DDP
-        model = fully_shard(model) if args.fsdp else DistributedDataParallel(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        checkpoints = Checkpoints(args.out)
-        first = checkpoints.load(model, optimizer)
-        say(f"{dist.get_world_size()} processes ({dist.get_backend()}), from step {first}")
-        for step in range(first, args.steps):
-            bytes_BS = batch_of(text_N, step).to(device)
-            with monge.watch(model) as watched:
-                logits_BSV = model(bytes_BS[:, :-1])
-            loss = F.cross_entropy(logits_BSV.flatten(0, 1), bytes_BS[:, 1:].flatten())
-            (loss + monge.aux_loss(model)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            monge.step(model)
-            if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-                checkpoints.save(step + 1, model, optimizer)
-                violation = watched.metrics()["total"]["max_violation"]
-                say(f"step {step + 1}: loss {mean_over_ranks(loss):.6f}, max violation {violation:.2f} here")
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,48 @@ def optimizer_of(model: nn.Module, config: CompareConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """All steps, and the validation. What holds the process group, such as DDP, is gone then: see `job`."""
+    config = dataclasses.replace(PRESETS["quick"], text=tuple(args.text), device=str(device))
+    if args.steps:
+        config = dataclasses.replace(config, steps=args.steps, warmup=min(config.warmup, args.steps))
+    ranks = dist.get_world_size()
+    if config.batch % ranks or ranks % args.replicas:
+        raise SystemExit(
+            f"{ranks} processes with {args.replicas} replicas: processes must divide the batch of "
+            f"{config.batch}, and replicas the processes"
+        )
+    corpus = load_corpus(find_domains(config.text), config)
+    model = build_model(args.router, config, seed=0)
+    shape = (args.replicas, ranks // args.replicas)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts"))
+    shard_experts(model, mesh if args.replicas > 1 else mesh["experts"])
+    use_group(model, new_group(args.timeout))
+    parallel = DistributedDataParallel(model)
+    optimizer = optimizer_of(model, config)
+    checkpoints = Checkpoints(args.out)
+    first = checkpoints.load(model, optimizer)
+    say(f"{ranks} processes ({dist.get_backend()}), {args.replicas} replicas, from step {first}")
+    for step in range(first, config.steps):
+        tokens_NS = mine(batch_of(corpus.train_NS, config.batch, 0, step)).to(device)
+        logits_NSV = parallel(input_ids=tokens_NS[:, :-1]).logits
+        loss = F.cross_entropy(logits_NSV.flatten(0, 1), tokens_NS[:, 1:].flatten())
+        (loss + monge.aux_loss(model)).backward()
+        clip_gradients(model.parameters(), config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        monge.step(model)
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == config.steps:
+            checkpoints.save(step + 1, model, optimizer)
+            say(f"step {step + 1}: loss {mean_over_ranks(loss):.4f}")
+    whole = len(corpus.val_NS) // config.batch * config.batch  # the same for any number of processes
+    validation = window_examples(mine(corpus.val_NS[: whole or None]))
+    val_loss = torch.tensor(mean_loss(model, validation, config), device=device)
+    say(f"validation loss {mean_over_ranks(val_loss):.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
@@ -68,44 +110,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300, help="seconds of silence that end the job")
     args = parser.parse_args()
     with job(args.out, args.timeout) as device:
-        config = dataclasses.replace(PRESETS["quick"], text=tuple(args.text), device=str(device))
-        if args.steps:
-            config = dataclasses.replace(config, steps=args.steps, warmup=min(config.warmup, args.steps))
-        ranks = dist.get_world_size()
-        if config.batch % ranks or ranks % args.replicas:
-            raise SystemExit(
-                f"{ranks} processes with {args.replicas} replicas: processes must divide the batch of "
-                f"{config.batch}, and replicas the processes"
-            )
-        corpus = load_corpus(find_domains(config.text), config)
-        model = build_model(args.router, config, seed=0)
-        shape = (args.replicas, ranks // args.replicas)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts"))
-        shard_experts(model, mesh if args.replicas > 1 else mesh["experts"])
-        use_group(model, new_group(args.timeout))
-        parallel = DistributedDataParallel(model)
-        optimizer = optimizer_of(model, config)
-        checkpoints = Checkpoints(args.out)
-        first = checkpoints.load(model, optimizer)
-        say(f"{ranks} processes ({dist.get_backend()}), {args.replicas} replicas, from step {first}")
-        for step in range(first, config.steps):
-            tokens_NS = mine(batch_of(corpus.train_NS, config.batch, 0, step)).to(device)
-            logits_NSV = parallel(input_ids=tokens_NS[:, :-1]).logits
-            loss = F.cross_entropy(logits_NSV.flatten(0, 1), tokens_NS[:, 1:].flatten())
-            (loss + monge.aux_loss(model)).backward()
-            clip_gradients(model.parameters(), config.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
-            optimizer.zero_grad()
-            monge.step(model)
-            if (step + 1) % args.checkpoint_every == 0 or step + 1 == config.steps:
-                checkpoints.save(step + 1, model, optimizer)
-                say(f"step {step + 1}: loss {mean_over_ranks(loss):.4f}")
-        whole = len(corpus.val_NS) // config.batch * config.batch  # the same for any number of processes
-        validation = window_examples(mine(corpus.val_NS[: whole or None]))
-        val_loss = torch.tensor(mean_loss(model, validation, config), device=device)
-        say(f"validation loss {mean_over_ranks(val_loss):.4f}")
+        train(args, device)
 
 
 if __name__ == "__main__":

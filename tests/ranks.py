@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,4 +28,6 @@ def _rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: tu
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=TIMEOUT)
     result = work(*args)
     torch.save(result, Path(folder) / f"{rank}.pt")
+    del result
+    gc.collect()  # the group must not end with a DDP module: pytorch issue 56297
     dist.destroy_process_group()

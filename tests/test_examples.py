@@ -83,6 +83,48 @@ def test_expert_parallel_losses_are_those_of_one_process(texts, tmp_path):
     assert all(abs(alone[step] - both[step]) < 2e-4 for step in alone), (alone, both)
 
 
+GONE = """
+import gc, runpy, sys
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+destroy = dist.destroy_process_group
+
+def checked() -> None:
+    left = [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]
+    print("wrapped modules:", len(left), flush=True)
+    destroy()
+
+dist.destroy_process_group = checked
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["train_ddp.py", "train_expert_parallel.py"])
+def test_no_wrapped_module_outlives_the_process_group(script, texts, tmp_path):
+    """The last owner of a group of gloo must not be DDP, whose end can wait for ever: pytorch issue 56297."""
+    files = [texts / "*.md"] if "expert" in script else sorted(texts.glob("*.md"))
+    (tmp_path / script).write_text(GONE)
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    arguments = ["--out", tmp_path / "run", "--steps", "1", "--text", *files]
+    done = subprocess.run(
+        [sys.executable, tmp_path / script, EXAMPLES / script, *arguments],
+        env=environment() | alone | {"PYTHONPATH": f"{ROOT}:{EXAMPLES}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "wrapped modules: 0" in done.stdout
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", ["train_ddp.py", "train_expert_parallel.py"])
 def test_losses_on_accelerators_are_those_of_a_processor(script, texts, tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from monge.moe import MoE
@@ -23,21 +22,17 @@ def _layer_and_batch():
     return layer, torch.randn(4 * WORLD, 6, dtype=torch.float64)
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def _gradients() -> dict[str, torch.Tensor]:
     layer, x_TH = _layer_and_batch()
     model = DistributedDataParallel(layer)
     for _ in range(2):  # a second step fails if a parameter took no part in the first
         layer.zero_grad()
-        model(x_TH[rank::WORLD]).square().mean().backward()
-    torch.save({n: p.grad for n, p in layer.named_parameters()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+        model(x_TH[dist.get_rank() :: WORLD]).square().mean().backward()
+    return {n: p.grad for n, p in layer.named_parameters()}
 
 
-def test_data_parallel_gradient_is_that_of_the_batch(tmp_path: Path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=WORLD)
-    grads = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def test_data_parallel_gradient_is_that_of_the_batch():
+    grads = on_ranks(WORLD, _gradients)
     layer, x_TH = _layer_and_batch()
     whole = copy.deepcopy(layer)
     whole(x_TH).square().mean().backward()

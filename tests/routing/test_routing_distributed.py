@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from routing_cases import Layer, build, hidden_states
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -51,9 +50,8 @@ class Chain(nn.Module):
         return loss_of(self, self.layers, step, rank, micro)
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+def work() -> dict[str, tuple[dict[str, torch.Tensor], list]]:
+    rank = dist.get_rank()
     warnings.simplefilter("error", RuntimeWarning)  # nothing may say that monge.step was forgotten
     results = {}
     for case in CASES:
@@ -69,8 +67,7 @@ def work(rank: int, port: int, folder: str) -> None:
             optimizer.zero_grad()
             monge.step(model)
         results[case] = (model.module.state_dict(), branches)
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def reference(case: str) -> tuple[dict[str, torch.Tensor], list]:
@@ -90,13 +87,8 @@ def reference(case: str) -> tuple[dict[str, torch.Tensor], list]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(port, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+def ranks():
+    return on_ranks(RANKS, work)
 
 
 @pytest.mark.parametrize("case", CASES)
