@@ -26,7 +26,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 
 def arrays_of(kept: Kept) -> list:
-    return [array for arrays in kept._arrays.values() for array in arrays]
+    return [memory for arrays in kept._arrays.values() for memory, _ in arrays]
 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it(kept):

@@ -11,7 +11,6 @@ some of the products. Their memory is kept for the next step (`gradient`).
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Sequence
 from threading import RLock
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor
 
 LARGE = 4 * 2**20  # bytes from which numpy asks for huge pages
-UNUSED = 3  # references to an array that only `Kept` knows: its list, the loop's variable, the argument
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -47,11 +45,14 @@ def gradient(weight: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class Kept:
-    """Memory of gradients by its size in bytes, as long as weights with gradients of that size live."""
+    """Memory of gradients by its size in bytes, as long as weights with gradients of that size live.
+
+    A tensor gets a view of an array, and holds that view: the array is free once the view is gone.
+    """
 
     def __init__(self) -> None:
         self._lock = RLock()  # of one thread even if collecting garbage calls `_forget` within `take`
-        self._arrays: dict[int, list[np.ndarray]] = {}
+        self._arrays: dict[int, list[tuple[np.ndarray, weakref.ref[np.ndarray]]]] = {}  # each with its view
         self._weights: dict[int, set[int]] = {}  # their ids
 
     def take(self, size: int, weight: Tensor, shape: Sequence[int]) -> Tensor:
@@ -61,11 +62,11 @@ class Kept:
             if id(weight) not in weights:
                 weights.add(id(weight))
                 weakref.finalize(weight, self._forget, size, id(weight)).atexit = False
-            for memory in arrays:
-                if sys.getrefcount(memory) == UNUSED:
-                    return _seen(memory, shape, weight.dtype)
-            arrays.append(np.empty(size, np.uint8))
-            return _seen(arrays[-1], shape, weight.dtype)
+            free = next((i for i, (_, view) in enumerate(arrays) if view() is None), len(arrays))
+            memory = arrays[free][0] if free < len(arrays) else np.empty(size, np.uint8)
+            view = memory.view()
+            arrays[free : free + 1] = [(memory, weakref.ref(view))]
+            return _seen(view, shape, weight.dtype)
 
     def _forget(self, size: int, weight: int) -> None:
         with self._lock:
@@ -85,5 +86,5 @@ def _large_size(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def _seen(memory: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The tensor keeps the array alive, and the array knows by its references that it is looked at."""
+    """The array as a tensor, which holds it."""
     return torch.from_numpy(memory).view(dtype).view(*shape)
