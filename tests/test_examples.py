@@ -28,6 +28,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(ROOT / "docs", tmp_path_factory.mktemp("texts") / "docs"))
 
 
+def reading(texts: Path, script: str) -> list[object]:
+    """The option of the script: one example takes files, the other a glob for each kind of text."""
+    return ["--text", *([texts / "*.md"] if "expert" in script else sorted(texts.glob("*.md")))]
+
+
 def command(script: str, processes: int, *arguments: object) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone"]
     return [
@@ -64,8 +69,7 @@ def losses(printed: str) -> dict[str, float]:
 
 
 def test_data_parallel_losses_are_those_of_one_process(texts, tmp_path):
-    files = sorted(texts.glob("*.md"))
-    options = ("--text", *files, "--router", "ssr", "--checkpoint-every", 2, "--steps", 4)
+    options = (*reading(texts, "train_ddp.py"), "--router", "ssr", "--checkpoint-every", 2, "--steps", 4)
     alone = losses(run("train_ddp.py", 1, "--out", tmp_path / "one", *options))
     both = losses(run("train_ddp.py", 2, "--out", tmp_path / "two", "--fsdp", *options))
     assert list(alone) == list(both) == ["2", "4"]
@@ -74,7 +78,7 @@ def test_data_parallel_losses_are_those_of_one_process(texts, tmp_path):
 
 
 def test_expert_parallel_losses_are_those_of_one_process(texts, tmp_path):
-    options = ("--text", texts / "*.md", "--steps", 4, "--checkpoint-every", 2)
+    options = (*reading(texts, "train_expert_parallel.py"), "--steps", 4, "--checkpoint-every", 2)
     alone, both = (
         losses(run("train_expert_parallel.py", processes, "--out", tmp_path / str(processes), *options))
         for processes in (1, 2)
@@ -104,7 +108,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("script", ["train_ddp.py", "train_expert_parallel.py"])
 def test_no_wrapped_module_outlives_the_process_group(script, texts, tmp_path):
     """The last owner of a group of gloo must not be DDP, whose end can wait for ever: pytorch issue 56297."""
-    files = [texts / "*.md"] if "expert" in script else sorted(texts.glob("*.md"))
     (tmp_path / script).write_text(GONE)
     alone = {
         "RANK": "0",
@@ -113,7 +116,7 @@ def test_no_wrapped_module_outlives_the_process_group(script, texts, tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    arguments = ["--out", tmp_path / "run", "--steps", "1", "--text", *files]
+    arguments = ["--out", tmp_path / "run", "--steps", "1", *reading(texts, script)]
     done = subprocess.run(
         [sys.executable, tmp_path / script, EXAMPLES / script, *arguments],
         env=environment() | alone | {"PYTHONPATH": f"{ROOT}:{EXAMPLES}"},
@@ -128,8 +131,7 @@ def test_no_wrapped_module_outlives_the_process_group(script, texts, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", ["train_ddp.py", "train_expert_parallel.py"])
 def test_losses_on_accelerators_are_those_of_a_processor(script, texts, tmp_path):
-    files = [texts / "*.md"] if "expert" in script else sorted(texts.glob("*.md"))
-    options = ("--text", *files, "--steps", 4, "--checkpoint-every", 2)
+    options = (*reading(texts, script), "--steps", 4, "--checkpoint-every", 2)
     processes = min(2, torch.accelerator.device_count())
     slow = losses(run(script, 1, "--out", tmp_path / "cpu", *options))
     fast = losses(run(script, processes, "--out", tmp_path / "gpu", *options, accelerated=True))
