@@ -42,10 +42,11 @@ def test_freed_memory_goes_back_to_the_system():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident peak of a stretch is Linux's")
 def test_a_peak_is_that_of_its_stretch():
-    large = torch.ones(12_500_000)
+    # blocks above 32 MB, the largest that glibc takes from its heap, where freed memory may lie ready
+    large = torch.ones(30_000_000)
     del large
     assert reset_peak("cpu")
     before = peak_bytes("cpu") or 0
-    large = torch.ones(7_500_000)
-    assert 25e6 < (peak_bytes("cpu") or 0) - before < 45e6
-    assert large.nbytes == 30_000_000
+    large = torch.ones(20_000_000)
+    assert 70e6 < (peak_bytes("cpu") or 0) - before < 110e6
+    assert large.nbytes == 80_000_000
