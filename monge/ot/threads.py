@@ -1,24 +1,29 @@
-"""Spread independent pieces of work over torch's number of threads.
+"""Spread independent pieces of work over torch's threads.
 
-The compiled kernels release the interpreter lock, so plain threads do. The split depends on the number of
-threads alone, which keeps results the same from run to run at the same thread count.
+The compiled kernels release the interpreter lock, so plain threads do. Where torch's are OpenMP's (Linux),
+the work runs on those very threads: they spin for milliseconds after every parallel operator of torch, and
+would take the cores from any others. Which thread takes which piece is open, and results must not depend on
+it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 Piece = TypeVar("Piece")
 
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pools: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=_pools.clear)
+_forked = False
 
 
 def split(length: int, parts: int) -> list[tuple[int, int]]:
@@ -31,21 +36,69 @@ def split(length: int, parts: int) -> list[tuple[int, int]]:
 def run_all(work: Callable[[Piece], None], pieces: Sequence[Piece], *, alone: bool = False) -> None:
     """Call ``work`` on every piece, on as many threads as torch uses or, ``alone``, on this one only."""
     threads = 1 if alone else min(torch.get_num_threads(), len(pieces))
+    left = iter(pieces)  # whose steps are one at a time, under the interpreter lock
+
+    def take() -> None:
+        for piece in left:
+            work(piece)
+
+    on_threads(take, threads)
+
+
+def on_threads(work: Callable[[], None], threads: int) -> None:
+    """Call ``work`` on up to ``threads`` threads, on each once, on this one in any case; back when all are.
+
+    Raises:
+        Whatever a call raised, the first if several did.
+    """
     if threads <= 1:
-        for piece in pieces:
-            work(piece)
+        work()
         return
-    pool = _pools.get(threads)
-    if pool is None:
-        pool = _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="monge-ot")
+    errors: list[BaseException] = []
 
-    def work_share(share: int) -> None:
-        for piece in pieces[share::threads]:
-            work(piece)
+    def call(_: Any = None) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
 
-    futures = [pool.submit(work_share, share) for share in range(1, threads)]
-    try:
-        work_share(0)  # the calling thread takes its share too
-    finally:
+    if (region := _openmp()) is not None and not _forked:
+        region(_REGION(call), None, threads, 0)
+    else:
+        pool = _pools.get(threads)
+        if pool is None:
+            pool = _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="monge-ot")
+        futures = [pool.submit(call) for _ in range(threads - 1)]
+        call()
         for future in futures:
             future.result()
+    if errors:
+        raise errors[0]
+
+
+@cache
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the OpenMP library that torch has loaded, or None."""
+    if os.name != "posix" or not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    for name in [*map(str, own), "libgomp.so.1", "libiomp5.so", "libomp.so"]:
+        try:
+            region = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        region.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        region.restype = None
+        return region
+    return None
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork."""
+    global _forked
+    _forked = True
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from monge.moe import Experts, MoE
 from monge.moe.compute import PATHS
@@ -38,6 +40,24 @@ def test_training_mode_compiles_whole(router):
     torch._dynamo.reset()
     layer = MoE(16, 8, 4, 2, router=router)
     compare(layer, torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(24, 16))
+
+
+@pytest.mark.parametrize("compute", list(PATHS))
+def test_who_records_operators_sees_the_experts(compute):
+    """Without gradients a path is called directly, but not where its numbers would then be constants."""
+    experts = Experts(16, 8, 4, compute=compute).eval()
+    indices, weights = torch.arange(8).view(4, 2) % 4, torch.full((4, 2), 0.5)
+    with torch.no_grad():
+        graph = make_fx(lambda x: experts(x, indices, weights))(torch.randn(4, 16))
+        x = torch.randn(4, 16)
+        torch.testing.assert_close(graph(x), experts(x, indices, weights), rtol=1e-6, atol=1e-9)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            out = experts(fake.from_tensor(x), indices, weights)
+        assert type(out).__name__ == "FakeTensor"
+        several = torch.randn(3, 4, 16)
+        mapped = torch.func.vmap(lambda x: experts(x, indices, weights))(several)
+        torch.testing.assert_close(mapped, torch.stack([experts(x, indices, weights) for x in several]))
+    assert any(f"experts_{PATHS[compute].__name__}" in str(node.target) for node in graph.graph.nodes)
 
 
 @pytest.mark.slow

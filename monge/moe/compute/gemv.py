@@ -1,10 +1,12 @@
 """`gemv`: compiled matrix-vector products over the chosen experts, for a few rows per expert on the CPU.
 
-Where an expert has one row or a few, its products are bound by reading its weights. Two compiled loops
-(monge/moe/cpu_kernels.py) read those of the chosen experts once, in transformers' layout, each thread a range
-of the rows of every expert; the activation in between is torch's. Sums are float32 (float64 for float64),
-bfloat16 weights are widened on the way. The backward is that of `sorted`; so is the forward on an
-accelerator, in float16, and for weights that are not contiguous.
+Where an expert has one row or a few, its products are bound by reading its weights. One compiled function
+(gemv_kernels.py) reads those of the chosen experts once, in transformers' layout, on all threads. Around it
+there is as little Python as can be: between two layers of a large model other weights fill the caches, and
+what takes microseconds in a loop takes tenths of a millisecond there (docs/performance.md).
+
+Sums are float32 (float64 for float64), bfloat16 weights are widened on the way. The backward is that of
+`sorted`; so is the forward on an accelerator, in float16, and for weights that are not contiguous.
 
 Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) or I, N filled slots, R rows:
 operator.py
@@ -12,19 +14,21 @@ operator.py
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from monge.moe import cpu_kernels
-from monge.moe.activations import ACTIVATIONS
+from monge.moe.compute import gemv_kernels as kernels
 from monge.moe.compute import sorted as by_expert
 from monge.moe.compute.operator import differentiable, sum_dtype
-from monge.moe.dispatch import sort_slots
-from monge.ot.threads import run_all, split
+from monge.moe.cpu_kernels import sort_by_expert
+from monge.ot.threads import on_threads
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ALONE = 2**16  # multiply-adds that one thread does faster than it wakes another
+NAP = 2e-5  # seconds
 
 
 def _takes(*weights: Tensor) -> bool:
@@ -56,34 +60,27 @@ def _forward(
         return by_expert.forward(
             hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, keep, padded, bias_EJ
         )
-    dtype, out_dtype = torch.promote_types(hidden_TH.dtype, torch.float32), sum_dtype(hidden_TH, weights_TK)
-    slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=padded)
-    starts, tokens = slots.starts_E1.numpy(), slots.tokens_R.numpy()
-    N, J, H = int(starts[-1]), proj_in_EJH.shape[1], proj_in_EJH.shape[2]
-    threads, alone = torch.get_num_threads(), N * J * H < ALONE
+    out_dtype = sum_dtype(hidden_TH, weights_TK)
+    E, J, H = proj_in_EJH.shape
+    x = _array(hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32)).contiguous())
+    gates = _array(weights_TK.to(out_dtype)).reshape(-1)
+    proj_in, proj_out = _array(proj_in_EJH), _array(proj_out_EHI)
+    bias = np.empty((0, 0), proj_in.dtype) if bias_EJ is None else _array(bias_EJ)
+    starts, tokens, order, _ = sort_by_expert(indices_TK.numpy(), E, padded)
+    pre = np.empty((len(tokens), J), x.dtype)
+    act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)
+    out = np.empty(x.shape, gates.dtype)
+    counters, function = np.zeros(kernels.COUNTERS, np.int64), kernels.FUNCTIONS[activation]
 
-    x, proj_in, proj_out = _array(hidden_TH.to(dtype).contiguous()), _array(proj_in_EJH), _array(proj_out_EHI)
-    pre_RJ = hidden_TH.new_empty((len(tokens), J), dtype=dtype)
-    pre = pre_RJ.numpy()
-    run_all(
-        lambda rows: cpu_kernels.project_in(x, tokens, starts, proj_in, *rows, pre),
-        split(J, threads),
-        alone=alone,
-    )
-    pre_NJ = pre_RJ[:N]
-    if bias_EJ is not None:
-        pre_NJ += bias_EJ.index_select(0, indices_TK.flatten()[slots.order_R[:N]])
+    def work() -> None:
+        while not kernels.run_experts(
+            x, starts, tokens, order, gates, proj_in, bias, proj_out, function, pre, act, out, counters
+        ):
+            time.sleep(NAP)
 
-    act = ACTIVATIONS[activation].forward(pre_NJ).numpy()
-    gates = _array(weights_TK.to(out_dtype)).reshape(-1)[slots.order_R.numpy()]
-    out_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=out_dtype)
-    out = out_TH.numpy()
-    run_all(
-        lambda rows: cpu_kernels.project_out(act, tokens, gates, starts, proj_out, *rows, out),
-        split(H, threads),
-        alone=alone,
-    )
-    return out_TH.to(hidden_TH.dtype), pre_RJ.to(hidden_TH.dtype) if keep else hidden_TH.new_empty((0, J))
+    on_threads(work, 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads())
+    out_TH = torch.from_numpy(out).to(hidden_TH.dtype)
+    return out_TH, torch.from_numpy(pre).to(hidden_TH.dtype) if keep else hidden_TH.new_empty((0, J))
 
 
 gemv = differentiable("gemv", _forward, by_expert.backward)

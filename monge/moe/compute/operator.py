@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FORWARD_SCHEMA = (
     "(Tensor hidden, Tensor indices, Tensor weights, Tensor proj_in, Tensor proj_out, str activation, "
@@ -110,12 +112,21 @@ def differentiable(
         floats = (hidden_TH, weights_TK, proj_in_EJH, proj_out_EHI, bias_EJ)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
         padded = torch.compiler.is_compiling() or (not reads_sizes and hidden_TH.device.type != "cpu")
-        return forward_op(
+        # where nobody records what is computed, the operator would only take time
+        run = forward_op if keep or padded or _is_watched(hidden_TH, indices_TK, *floats[1:]) else forward
+        return run(
             hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, keep, padded, bias_EJ
         )[0]
 
     path.__name__ = path.__qualname__ = name
     return path
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a tensor subclass, a dispatch mode or a transform of `torch.func` wants to see the operator."""
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(x is not None and type(x) not in (Tensor, Parameter) for x in tensors)
 
 
 def empty_gradients(

@@ -1,0 +1,248 @@
+"""Compiled experts for few rows each, where a product is bound by reading the weights once.
+
+Both projections keep transformers' layout, whose rows are contiguous over the summed dimension, so every
+output is a dot product of two contiguous vectors and no weight is copied. Two rows of hidden states meet four
+of the weights: eight sums, the most that stay in registers beside their factors. The four lie a quarter of
+the item's rows apart, so that the memory delivers four long streams. One stream at a time is a quarter
+slower, and four neighbouring rows, which change place at every row, up to a half (docs/performance.md).
+Bfloat16 weights are read as uint16 and widened on the way.
+
+The work is cut into items, which threads claim one by one: who wakes late does less, and nobody waits for a
+thread that has not begun. Every output is written in one item and sums run in a fixed order: results do not
+depend on the threads.
+
+Shapes: T tokens, R rows, the filled slots sorted by expert, K slots per token, S = T K, E experts, H model
+width, I expert width, J = 2 I (gated) or I; expert e has the rows starts[e]..starts[e + 1] - 1; X any width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+# sums may be reordered into vectors; NaN and infinity keep their meaning
+_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+NEURONS, FEATURES = 64, 128
+"""Rows of the input and of the output projection in an item."""
+SPINS = 20_000
+"""Looks at what the other threads have done, some 0.2 ms, before the caller should sleep."""
+CLAIMED_IN, DONE_IN, CLAIMED_OUT, DONE_OUT = 0, 8, 16, 24
+"""Where the counters of items lie, a cache line apart, among `COUNTERS` int64 zeros."""
+COUNTERS = 32
+SILU, GELU, GELU_TANH, RELU = range(4)
+FUNCTIONS = {
+    "swiglu": SILU,
+    "geglu": GELU_TANH,
+    "geglu_exact": GELU,
+    "gelu": GELU,
+    "gelu_tanh": GELU_TANH,
+    "relu": RELU,
+}
+"""By the names of `monge.moe.activations.ACTIVATIONS`."""
+
+
+def _wide(x: Any) -> Any:
+    """In compiled code: uint16, the bits of a bfloat16, as float32; other numbers as they are."""
+    return x
+
+
+@overload(_wide, inline="always")
+def _(x):  # type: ignore[no-untyped-def]
+    if isinstance(x, types.Integer):
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
+    """``counters[index] += value`` as one step for all threads; returns what was there before."""
+
+    def generate(context, builder: ir.IRBuilder, signature, args):  # type: ignore[no-untyped-def]
+        counters_type = signature.args[0]
+        array = context.make_array(counters_type)(context, builder, args[0])
+        place = cgutils.get_item_pointer(context, builder, counters_type, array, [args[1]])
+        return builder.atomic_rmw("add", place, args[2], "seq_cst")
+
+    return types.int64(counters, types.int64, types.int64), generate
+
+
+_add_to: Any = intrinsic(_atomic_add)
+
+
+@_compiled
+def run_experts(
+    x_TH, starts_E1, tokens_R, order_R, gates_S, proj_in_EJH, bias_EJ, proj_out_EHI, function,
+    pre_RJ, act_RI, out_TH, counters,
+):  # fmt: skip
+    """``out_t = sum_k gates_tk expert(x_t)`` by all threads that call this with the same arguments.
+
+    Returns False where other threads are still at their items: the caller sleeps and calls once more.
+
+    Args:
+        bias_EJ: (E, J) or (0, 0) for none. function: of `FUNCTIONS`.
+        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold.
+        counters: int64, `COUNTERS` zeros.
+    """
+    E, H, I = proj_out_EHI.shape
+    parts = (I + NEURONS - 1) // NEURONS
+    while True:
+        item = _add_to(counters, CLAIMED_IN, 1)
+        if item >= E * parts:
+            break
+        e, first = item // parts, item % parts * NEURONS
+        begin, end = starts_E1[e], starts_E1[e + 1]
+        if begin < end:
+            last = min(first + NEURONS, I)
+            _project_in(x_TH, tokens_R, begin, end, proj_in_EJH[e], first, last, pre_RJ)
+            if proj_in_EJH.shape[1] > I:
+                _project_in(x_TH, tokens_R, begin, end, proj_in_EJH[e], I + first, I + last, pre_RJ)
+            _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI)
+        _add_to(counters, DONE_IN, 1)
+    if not _reaches(counters, DONE_IN, E * parts):
+        return False
+    parts = (H + FEATURES - 1) // FEATURES
+    while True:
+        item = _add_to(counters, CLAIMED_OUT, 1)
+        if item >= parts:
+            break
+        first = item * FEATURES
+        last = min(first + FEATURES, H)
+        _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, proj_out_EHI, first, last, out_TH)
+        _add_to(counters, DONE_OUT, 1)
+    return _reaches(counters, DONE_OUT, parts)
+
+
+@_compiled
+def _reaches(counters, index, items):
+    """Look until all items are done, but not for ever: whoever has the last one may have lost its core."""
+    looks = 0
+    while _add_to(counters, index, 0) < items and looks < SPINS:
+        looks += 1
+    return looks < SPINS
+
+
+@_compiled
+def _dot_2x4(x_nX, r, s, w0_X, w1_X, w2_X, w3_X):
+    """The products of the rows r and s of ``x`` with four rows of weights."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = x_nX.dtype.type(0)
+    for i in range(w0_X.shape[0]):
+        x, y = x_nX[r, i], x_nX[s, i]
+        w = _wide(w0_X[i])
+        a0 += w * x
+        b0 += w * y
+        w = _wide(w1_X[i])
+        a1 += w * x
+        b1 += w * y
+        w = _wide(w2_X[i])
+        a2 += w * x
+        b2 += w * y
+        w = _wide(w3_X[i])
+        a3 += w * x
+        b3 += w * y
+    return a0, a1, a2, a3, b0, b1, b2, b3
+
+
+@_compiled
+def _dot_1x4(x_nX, r, w0_X, w1_X, w2_X, w3_X):
+    """The products of the row r of ``x`` with four rows of weights."""
+    a0 = a1 = a2 = a3 = x_nX.dtype.type(0)
+    for i in range(w0_X.shape[0]):
+        x = x_nX[r, i]
+        a0 += _wide(w0_X[i]) * x
+        a1 += _wide(w1_X[i]) * x
+        a2 += _wide(w2_X[i]) * x
+        a3 += _wide(w3_X[i]) * x
+    return a0, a1, a2, a3
+
+
+@_compiled
+def _project_in(x_TH, tokens_R, begin, end, weights_JH, first, last, pre_RJ):
+    """``pre[n, j] = <weights[j], x[tokens[n]]>`` for j in first..last-1 and n in begin..end-1."""
+    quarter = (last - first + 3) // 4
+    pairs = end - (end - begin) % 2
+    for j in range(first, first + quarter):
+        j1, j2, j3 = _streams(j, quarter, last)
+        w0, w1, w2, w3 = weights_JH[j], weights_JH[j1], weights_JH[j2], weights_JH[j3]
+        for n in range(begin, pairs, 2):
+            a, b = pre_RJ[n], pre_RJ[n + 1]
+            sums = _dot_2x4(x_TH, tokens_R[n], tokens_R[n + 1], w0, w1, w2, w3)
+            a[j], a[j1], a[j2], a[j3], b[j], b[j1], b[j2], b[j3] = sums
+        for n in range(pairs, end):
+            a = pre_RJ[n]
+            a[j], a[j1], a[j2], a[j3] = _dot_1x4(x_TH, tokens_R[n], w0, w1, w2, w3)
+
+
+@_compiled
+def _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI):
+    """Add the bias, then ``act = f(pre)``, gated ``f(gate) * up``, for the neurons first..last-1."""
+    I = act_RI.shape[1]
+    gated = pre_RJ.shape[1] > I
+    for n in range(begin, end):
+        pre_J, act_I = pre_RJ[n], act_RI[n]
+        if len(bias_EJ):
+            for i in range(first, last):
+                pre_J[i] += _wide(bias_EJ[e, i])
+                if gated:
+                    pre_J[I + i] += _wide(bias_EJ[e, I + i])
+        for i in range(first, last):
+            act_I[i] = _apply(function, pre_J[i])
+        if gated:
+            for i in range(first, last):
+                act_I[i] *= pre_J[I + i]
+
+
+@_compiled
+def _apply(function, x):
+    if function == SILU:
+        return x / (1 + math.exp(-x))
+    if function == GELU:
+        return 0.5 * x * (1 + math.erf(x * math.sqrt(0.5)))
+    if function == GELU_TANH:
+        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    return 0.0 if x < 0 else x  # NaN stays
+
+
+@_compiled
+def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, first, last, out_TH):
+    """``out[t, h] = sum_n gates[order[n]] <weights[e, h], act[n]>`` for h in first..last-1, e ascending."""
+    out_TH[:, first:last] = 0
+    quarter = (last - first + 3) // 4
+    for e in range(weights_EHI.shape[0]):
+        begin, end = starts_E1[e], starts_E1[e + 1]
+        if begin == end:
+            continue
+        pairs = end - (end - begin) % 2
+        for h in range(first, first + quarter):
+            h1, h2, h3 = _streams(h, quarter, last)
+            w0, w1, w2, w3 = weights_EHI[e, h], weights_EHI[e, h1], weights_EHI[e, h2], weights_EHI[e, h3]
+            for n in range(begin, pairs, 2):
+                a0, a1, a2, a3, b0, b1, b2, b3 = _dot_2x4(act_RI, n, n + 1, w0, w1, w2, w3)
+                _add(out_TH[tokens_R[n]], gates_S[order_R[n]], h, quarter, last, a0, a1, a2, a3)
+                _add(out_TH[tokens_R[n + 1]], gates_S[order_R[n + 1]], h, quarter, last, b0, b1, b2, b3)
+            for n in range(pairs, end):
+                a0, a1, a2, a3 = _dot_1x4(act_RI, n, w0, w1, w2, w3)
+                _add(out_TH[tokens_R[n]], gates_S[order_R[n]], h, quarter, last, a0, a1, a2, a3)
+
+
+@_compiled
+def _streams(row, quarter, last):
+    """The rows of the other three streams. Beyond the range it is its last row, computed once more."""
+    return min(row + quarter, last - 1), min(row + 2 * quarter, last - 1), min(row + 3 * quarter, last - 1)
+
+
+@_compiled
+def _add(out_H, gate, h, quarter, last, a0, a1, a2, a3):
+    """Add the four sums to the places a quarter apart, those beyond the range left out."""
+    out_H[h] += gate * a0
+    if h + quarter < last:
+        out_H[h + quarter] += gate * a1
+    if h + 2 * quarter < last:
+        out_H[h + 2 * quarter] += gate * a2
+    if h + 3 * quarter < last:
+        out_H[h + 3 * quarter] += gate * a3
