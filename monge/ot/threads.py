@@ -76,6 +76,27 @@ def on_threads(work: Callable[[], None], threads: int) -> None:
         raise errors[0]
 
 
+def torch_threads(device: torch.device) -> int:
+    """How many of torch's own threads `on_torch_threads` can use for tensors of ``device``."""
+    within_reach = device.type == "cpu" and not _forked and _openmp() is not None
+    return torch.get_num_threads() if within_reach else 1
+
+
+def on_torch_threads(work: Callable[[], None], threads: int) -> None:
+    """`on_threads` for ``work`` that calls torch, every operator of which runs on its calling thread alone.
+
+    Where torch's threads are out of reach (`torch_threads` says 1), each of the others would start as many.
+    Gradients are not recorded; inference mode is that of the caller.
+    """
+    inference = torch.is_inference_mode_enabled()
+
+    def quietly() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            work()
+
+    on_threads(quietly, threads)
+
+
 @cache
 def _openmp() -> Any:
     """``GOMP_parallel`` of the OpenMP library that torch has loaded, or None."""

@@ -9,6 +9,7 @@ import torch
 from path_cases import assert_same, formula, gradients, problem
 
 from monge.moe.compute import PATHS, choose_path, memory, precision
+from monge.ot.threads import on_torch_threads
 
 PATH_NAMES = list(PATHS)
 
@@ -42,6 +43,20 @@ def test_without_units_products_are_float32(path, dtype, monkeypatch):
     for ours, theirs in zip(low[1:], high[1:]):  # the pre-activations are kept in ``dtype``
         theirs = theirs * (indices >= 0) if theirs.shape == indices.shape else theirs
         assert (ours.double() - theirs).norm() <= 0.005 * theirs.norm()
+
+
+@pytest.mark.parametrize("path", ["sorted", "gemv"])
+def test_autocast_does_not_narrow_the_products(path, monkeypatch):
+    """Autocast chose the dtype of the inputs; it would choose that of the products inside as well."""
+    monkeypatch.setattr(precision, "_has_units", lambda dtype: False)
+    args = problem(T=40, K=2, E=5, H=16, hidden=8, dtype=torch.bfloat16)
+    expected = gradients(PATHS[path], args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradients(PATHS[path], args)
+        with torch.no_grad():
+            assert torch.equal(PATHS[path](*args), expected[0])
+    for ours, theirs in zip(inside, expected):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("path", PATH_NAMES)
@@ -117,3 +132,38 @@ def test_rows_are_summed_whatever_the_chunk(monkeypatch):
         monkeypatch.setattr(sys.modules["monge.moe.compute.slot_sum"], "CHUNK", chunk)
         for a, b in zip(gradients(PATHS["sorted"], args), expected):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_experts_are_spread_over_threads(threads, dtype, monkeypatch):
+    """Even loads are, in every mode of autograd, with the results of one thread; one busy expert is not."""
+    spreading = sys.modules["monge.moe.compute.spreading"]
+    spread = []
+
+    def counted(work, number):
+        spread.append(number)
+        on_torch_threads(work, number)
+
+    monkeypatch.setattr(spreading, "on_torch_threads", counted)
+    monkeypatch.setattr(spreading, "torch_threads", lambda device: torch.get_num_threads())
+    T, K, E = 24, 2, 8
+    x, _, w, a, d, act = problem(T, K, E, H=16, hidden=4, empty=0, dtype=dtype)
+    even = (torch.arange(T)[:, None] + torch.tensor([0, 3])) % E
+    torch.set_num_threads(1)
+    alone = gradients(PATHS["sorted"], (x, even, w, a, d, act))
+    assert not spread
+    torch.set_num_threads(threads)
+    for ours, theirs in zip(gradients(PATHS["sorted"], (x, even, w, a, d, act)), alone):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(PATHS["sorted"](x, even, w, a, d, act), alone[0])
+    with torch.inference_mode():
+        torch.testing.assert_close(PATHS["sorted"](x.clone(), even, w, a, d, act), alone[0])
+    assert spread == 4 * [threads]
+
+    busy = torch.stack((torch.zeros(T, dtype=torch.int64), 1 + torch.arange(T) % (E - 1)), dim=1)
+    out = PATHS["sorted"](x, busy, w, a, d, act)
+    exact = formula(x.double(), busy, w.double(), a.double(), d.double(), act)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-2)
+    assert spread == 4 * [threads] + [2] * (threads == 2)  # half of all rows: the share of one of two threads

@@ -12,6 +12,7 @@ accelerator).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,7 @@ def differentiable(
             gradient.
         reads_sizes: False for a path that reads no size from an accelerator: it is padded there.
     """
+    forward, backward = _outside_autocast(forward), _outside_autocast(backward)
     forward_op = torch.library.custom_op(
         f"monge::experts_{name}", forward, mutates_args=(), schema=FORWARD_SCHEMA
     )
@@ -120,6 +122,20 @@ def differentiable(
 
     path.__name__ = path.__qualname__ = name
     return path
+
+
+def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast has chosen the dtype of the inputs; that of the products in here is the path's to choose."""
+
+    @wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(first, *others)
+        with torch.autocast(device, enabled=False):
+            return function(first, *others)
+
+    return run
 
 
 def _is_watched(*tensors: Tensor | None) -> bool:

@@ -10,6 +10,8 @@ Shapes: T tokens, K slots per token, H width, R rows (see dispatch.Slots), n row
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from monge.moe.cpu_kernels import add_rows
 from monge.moe.dispatch import Slots, combine
 from monge.ot.threads import run_all, split
 
-CHUNK = 8 * 2**20  # bytes of rows that are held before they are added up
+CHUNK = 4 * 2**20  # bytes of rows of each thread, of two at least, that are held before they are added up
 ALONE = 2**16  # elements that one thread adds faster than it wakes another
 
 
@@ -44,7 +46,8 @@ class SlotSum:
             self._buffer_nH[R:] = 0  # stands for the empty slots
             return
         largest = int(slots.counts_E.max()) if slots.counts_E.numel() else 0
-        rows = min(R, max(largest, CHUNK // max(H * dtype.itemsize, 1)))
+        chunk = CHUNK * max(2, torch.get_num_threads())
+        rows = min(R, max(largest, chunk // max(H * dtype.itemsize, 1)))
         self._buffer_nH = empty(like_TH, (rows, H), dtype)
         self._out_TH = empty(like_TH, like_TH.shape, dtype).zero_()
         if weights_TK is None:
@@ -52,12 +55,24 @@ class SlotSum:
         else:
             self._weights_R = weights_TK.flatten()[slots.order_R].to(dtype)
 
-    def place(self, rows: slice) -> Tensor:
-        """(n, H), where the values of these rows, which follow the last ones, are to be written."""
-        if self._on_cpu and rows.stop - self._first > len(self._buffer_nH):
-            self._flush()
-        self._last = rows.stop
-        return self._buffer_nH[rows.start - self._first : rows.stop - self._first]
+    def rounds(
+        self, experts: Iterable[tuple[int, slice]]
+    ) -> Iterator[list[tuple[int, slice, Tensor | None]]]:
+        """Experts and their rows, in ascending order, as many at a time as the buffer holds.
+
+        With each comes the place (n, H) where the values of its rows are to be written before the next round.
+        """
+        held: list[tuple[int, slice, Tensor | None]] = []
+        for expert, rows in experts:
+            if held and rows.stop - self._first > len(self._buffer_nH):
+                yield held
+                self._flush()
+                held = []
+            self._last = rows.stop
+            place_nH = self._buffer_nH[rows.start - self._first : rows.stop - self._first]
+            held.append((expert, rows, place_nH))
+        if held:
+            yield held
 
     def total(self) -> Tensor:
         """(T, H), in the dtype of the hidden states."""

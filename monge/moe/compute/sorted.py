@@ -2,15 +2,14 @@
 
 One stable sort of T K small integers and one matrix product per expert and projection. The rows of one expert
 are gathered just before they are used and summed into their tokens soon after, so there is no (N, H) copy of
-the hidden states, and on the CPU none of the outputs.
+the hidden states, and on the CPU none of the outputs; there threads have experts of their own (spreading.py).
 
 Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) or I, R rows: operator.py
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +20,8 @@ from monge.moe.compute.operator import differentiable, empty_gradients, sum_dtyp
 from monge.moe.compute.precision import matrices, product_dtype
 from monge.moe.compute.rows import expert_backward, expert_forward
 from monge.moe.compute.slot_sum import SlotSum
+from monge.moe.compute.spreading import Run, run_experts
 from monge.moe.dispatch import Slots, sort_slots
-
-
-def _segments(slots: Slots) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows), experts with no token included. Reads the edges from the device, once."""
-    for e, edges in enumerate(itertools.pairwise(slots.starts_E1.tolist())):
-        yield e, slice(*edges)
 
 
 def _gatherer(x_TX: Tensor, slots: Slots) -> Callable[[slice], Tensor]:
@@ -59,19 +53,21 @@ def forward(
     pre_RJ = empty(hidden_TH, (len(slots.tokens_R) if keep else 0, proj_in_EJH.shape[1]))
     slot_sum = SlotSum(slots, hidden_TH, sum_dtype(hidden_TH, weights_TK), weights_TK)
     dtype = product_dtype(hidden_TH.dtype, hidden_TH.device)
-    proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
-    hidden = _gatherer(hidden_TH.to(dtype), slots)
-    for e, rows in _segments(slots):
-        if rows.start < rows.stop:
-            expert_forward(
-                act,
-                hidden(rows),
-                proj_in(e),
-                proj_out(e),
-                bias_EJ[e] if bias_EJ is not None else None,
-                pre_RJ[rows] if keep else None,
-                slot_sum.place(rows),
-            )
+    hidden_TH = hidden_TH.to(dtype)
+
+    def make() -> Run:
+        proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
+        hidden = _gatherer(hidden_TH, slots)
+
+        def run(e: int, rows: slice, out_nH: Tensor | None) -> None:
+            if rows.start < rows.stop:
+                bias_J = bias_EJ[e] if bias_EJ is not None else None
+                pre_nJ = pre_RJ[rows] if keep else None
+                expert_forward(act, hidden(rows), proj_in(e), proj_out(e), bias_J, pre_nJ, out_nH)
+
+        return run
+
+    run_experts(slots, slot_sum, make)
     return slot_sum.total(), pre_RJ
 
 
@@ -97,31 +93,40 @@ def backward(
     grad_weights_R[R] = 0
     slot_sum = SlotSum(slots, grad_TH, sum_dtype(grad_TH, weights_TK)) if needs[0] else None
     dtype = product_dtype(grad_TH.dtype, grad_TH.device)
-    proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
-    dy = _gatherer(grad_TH.to(dtype), slots)
-    hidden = _gatherer(hidden_TH.to(dtype), slots) if hidden_TH is not None else None
-    for e, rows in _segments(slots):
-        grad_in_JH = grad_in_EJH[e] if needs[2] else None
-        grad_out_HI = grad_out_EHI[e] if needs[3] else None
-        grad_bias_J = grad_bias_EJ[e] if needs[4] else None
-        if rows.start == rows.stop:
-            for grad in (grad_in_JH, grad_out_HI, grad_bias_J):
-                if grad is not None:
-                    grad.zero_()
-            continue
-        grad_weights_R[rows] = expert_backward(
-            act,
-            dy(rows),
-            hidden(rows) if hidden is not None else None,
-            weights_R[rows],
-            pre_RJ[rows],
-            proj_in(e),
-            proj_out(e),
-            grad_in_JH,
-            grad_out_HI,
-            grad_bias_J,
-            slot_sum.place(rows) if slot_sum is not None else None,
-        )
+    grad_TH = grad_TH.to(dtype)
+    hidden_TH = hidden_TH.to(dtype) if hidden_TH is not None else None
+
+    def make() -> Run:
+        proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
+        dy = _gatherer(grad_TH, slots)
+        hidden = _gatherer(hidden_TH, slots) if hidden_TH is not None else None
+
+        def run(e: int, rows: slice, grad_hidden_nH: Tensor | None) -> None:
+            grad_in_JH = grad_in_EJH[e] if needs[2] else None
+            grad_out_HI = grad_out_EHI[e] if needs[3] else None
+            grad_bias_J = grad_bias_EJ[e] if needs[4] else None
+            if rows.start == rows.stop:
+                for grad in (grad_in_JH, grad_out_HI, grad_bias_J):
+                    if grad is not None:
+                        grad.zero_()
+                return
+            grad_weights_R[rows] = expert_backward(
+                act,
+                dy(rows),
+                hidden(rows) if hidden is not None else None,
+                weights_R[rows],
+                pre_RJ[rows],
+                proj_in(e),
+                proj_out(e),
+                grad_in_JH,
+                grad_out_HI,
+                grad_bias_J,
+                grad_hidden_nH,
+            )
+
+        return run
+
+    run_experts(slots, slot_sum, make)
     if slot_sum is not None:
         grad_hidden_TH = slot_sum.total()
     if needs[1]:
