@@ -20,7 +20,7 @@ from monge.moe.cpu_kernels import add_rows
 from monge.moe.dispatch import Slots, combine
 from monge.ot.threads import run_all, split
 
-CHUNK = 4 * 2**20  # bytes of rows of each thread, of two at least, that are held before they are added up
+CHUNK = 8 * 2**20  # bytes of rows of each thread that are held before they are added up
 ALONE = 2**16  # elements that one thread adds faster than it wakes another
 
 
@@ -46,7 +46,7 @@ class SlotSum:
             self._buffer_nH[R:] = 0  # stands for the empty slots
             return
         largest = int(slots.counts_E.max()) if slots.counts_E.numel() else 0
-        chunk = CHUNK * max(2, torch.get_num_threads())
+        chunk = CHUNK * torch.get_num_threads()
         rows = min(R, max(largest, chunk // max(H * dtype.itemsize, 1)))
         self._buffer_nH = empty(like_TH, (rows, H), dtype)
         self._out_TH = empty(like_TH, like_TH.shape, dtype).zero_()

@@ -35,6 +35,8 @@ def run_experts(slots: Slots, slot_sum: SlotSum | None, make: Callable[[], Run])
     for experts in _rounds(slots, slot_sum):
         sizes = [rows.stop - rows.start for _, rows, _ in experts]
         spread = threads > 1 and threads * max(sizes) <= sum(sizes)
+        if spread:  # the largest first, so that threads end together
+            experts.sort(key=lambda expert: expert[1].start - expert[1].stop)
         left = iter(experts)  # whose steps are one at a time, under the interpreter lock
 
         def work(left: Iterable[tuple[int, slice, Tensor | None]] = left) -> None:
