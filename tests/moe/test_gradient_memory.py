@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,9 +20,10 @@ H, I, E, K, T = 256, 256, 16, 2, 2048  # gradients of 8 and 4 MiB, and rows enou
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
-    """A store of its own."""
+    """A store of its own, for gradients alone: the buffers of sums are too small."""
     mine = Kept()
     monkeypatch.setattr(memory, "_kept", mine)
+    monkeypatch.setattr(sys.modules["monge.moe.compute.slot_sum"], "CHUNK", 1)
     return mine
 
 
@@ -118,5 +120,20 @@ def test_steps_of_training_and_accumulation_take_no_more_memory(kept):
     assert all(torch.allclose(p.grad, 2 * g) for p, g in zip(layer.experts.parameters(), once))
     assert places == {p.grad.data_ptr() for p in layer.experts.parameters()}
     del layer
+    gc.collect()
+    assert not kept._arrays
+
+
+def test_all_layers_sum_in_one_buffer_whatever_their_loads(kept, monkeypatch):
+    monkeypatch.setattr(sys.modules["monge.moe.compute.slot_sum"], "CHUNK", 2 * LARGE)
+    torch.set_num_threads(2)
+    layers = [make_layer()[0] for _ in range(2)]
+    with torch.no_grad():
+        for tokens in (T, 2 * T, T + 77, 3 * T):  # 4, 8, 4.2 and 12 MiB of rows
+            x_TH = torch.randn(tokens, H)
+            first, second = (layer(x_TH) for layer in layers)
+            assert torch.equal(first, second)
+    assert [array.nbytes for array in arrays_of(kept)] == [4 * LARGE]
+    del layers
     gc.collect()
     assert not kept._arrays

@@ -6,7 +6,8 @@ gradient of 400 MiB costs as much as several matrix products. numpy asks for pag
 environment says ``THP_MEM_ALLOC_ENABLE=1``. So large buffers are numpy's, seen as tensors.
 
 The gradients of all experts are so large, and needed anew in every step, that even huge pages cost as much as
-some of the products. Their memory is kept for the next step (`gradient`).
+some of the products. Their memory is kept for the next step (`gradient`), as is that of a buffer which every
+layer needs (`scratch`).
 """
 
 from __future__ import annotations
@@ -41,11 +42,21 @@ def gradient(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if not (size := _large_size(weight, shape, weight.dtype)):
         return weight.new_empty(shape)
-    return _kept.take(size, weight, shape)
+    return _kept.take(size, weight, shape, weight.dtype)
+
+
+def scratch(weight: Tensor, size: int) -> Tensor:
+    """(size,) uint8 on the CPU, in the memory of an earlier one that nobody holds now, kept like gradients.
+
+    For one size, or a few: each of them stays.
+    """
+    if not _large_size(weight, (size,), torch.uint8):
+        return torch.empty(size, dtype=torch.uint8)
+    return _kept.take(size, weight, (size,), torch.uint8)
 
 
 class Kept:
-    """Memory of gradients by its size in bytes, as long as weights with gradients of that size live.
+    """Memory by its size in bytes, as long as weights live for which that much was taken.
 
     A tensor gets a view of an array, and holds that view: the array is free once the view is gone.
     """
@@ -55,8 +66,8 @@ class Kept:
         self._arrays: dict[int, list[tuple[np.ndarray, weakref.ref[np.ndarray]]]] = {}  # each with its view
         self._weights: dict[int, set[int]] = {}  # their ids
 
-    def take(self, size: int, weight: Tensor, shape: Sequence[int]) -> Tensor:
-        """An array that no tensor looks at, or a new one, as a tensor of the weight's dtype."""
+    def take(self, size: int, weight: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An array that no tensor looks at, or a new one, as a tensor."""
         with self._lock:
             weights, arrays = self._weights.setdefault(size, set()), self._arrays.setdefault(size, [])
             if id(weight) not in weights:
@@ -66,7 +77,7 @@ class Kept:
             memory = arrays[free][0] if free < len(arrays) else np.empty(size, np.uint8)
             view = memory.view()
             arrays[free : free + 1] = [(memory, weakref.ref(view))]
-            return _seen(view, shape, weight.dtype)
+            return _seen(view, shape, dtype)
 
     def _forget(self, size: int, weight: int) -> None:
         with self._lock:

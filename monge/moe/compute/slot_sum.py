@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from monge.moe.compute.memory import empty
+from monge.moe.compute.memory import empty, scratch
 from monge.moe.cpu_kernels import add_rows
 from monge.moe.dispatch import Slots, combine
 from monge.ot.threads import run_all, split
 
 CHUNK = 8 * 2**20  # bytes of rows of each thread that are held before they are added up
+MOST = 64 * 2**20  # of all threads
 ALONE = 2**16  # elements that one thread adds faster than it wakes another
 
 
@@ -32,10 +33,16 @@ class SlotSum:
         like_TH: gives T, H and the device.
         dtype: of values and sum.
         weights_TK: the gates; None means 1.
+        owner: the weight as long as which the memory of the buffer is kept for other sums; None keeps none.
     """
 
     def __init__(
-        self, slots: Slots, like_TH: Tensor, dtype: torch.dtype, weights_TK: Tensor | None = None
+        self,
+        slots: Slots,
+        like_TH: Tensor,
+        dtype: torch.dtype,
+        weights_TK: Tensor | None = None,
+        owner: Tensor | None = None,
     ) -> None:
         R, (_, H) = len(slots.tokens_R), like_TH.shape
         self._slots, self._like_TH, self._dtype, self._weights_TK = slots, like_TH, dtype, weights_TK
@@ -46,9 +53,13 @@ class SlotSum:
             self._buffer_nH[R:] = 0  # stands for the empty slots
             return
         largest = int(slots.counts_E.max()) if slots.counts_E.numel() else 0
-        chunk = CHUNK * torch.get_num_threads()
+        chunk = min(CHUNK * torch.get_num_threads(), MOST)
         rows = min(R, max(largest, chunk // max(H * dtype.itemsize, 1)))
-        self._buffer_nH = empty(like_TH, (rows, H), dtype)
+        size = rows * H * dtype.itemsize
+        if owner is not None and chunk // 4 <= size <= chunk:  # of one size, or many would be kept
+            self._buffer_nH = scratch(owner, chunk)[:size].view(dtype).view(rows, H)
+        else:
+            self._buffer_nH = empty(like_TH, (rows, H), dtype)
         self._out_TH = empty(like_TH, like_TH.shape, dtype).zero_()
         if weights_TK is None:
             self._weights_R = torch.ones(R, dtype=dtype)

@@ -51,7 +51,7 @@ def forward(
     act = ACTIVATIONS[activation]
     slots = sort_slots(indices_TK, proj_in_EJH.shape[0], padded=padded)
     pre_RJ = empty(hidden_TH, (len(slots.tokens_R) if keep else 0, proj_in_EJH.shape[1]))
-    slot_sum = SlotSum(slots, hidden_TH, sum_dtype(hidden_TH, weights_TK), weights_TK)
+    slot_sum = SlotSum(slots, hidden_TH, sum_dtype(hidden_TH, weights_TK), weights_TK, proj_in_EJH)
     dtype = product_dtype(hidden_TH.dtype, hidden_TH.device)
     hidden_TH = hidden_TH.to(dtype)
 
@@ -91,7 +91,8 @@ def backward(
     weights_R = weights_TK.flatten()[slots.order_R]
     grad_weights_R = weights_R.new_empty(R + 1)
     grad_weights_R[R] = 0
-    slot_sum = SlotSum(slots, grad_TH, sum_dtype(grad_TH, weights_TK)) if needs[0] else None
+    dtype = sum_dtype(grad_TH, weights_TK)
+    slot_sum = SlotSum(slots, grad_TH, dtype, owner=proj_in_EJH) if needs[0] else None
     dtype = product_dtype(grad_TH.dtype, grad_TH.device)
     grad_TH = grad_TH.to(dtype)
     hidden_TH = hidden_TH.to(dtype) if hidden_TH is not None else None
