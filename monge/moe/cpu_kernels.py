@@ -10,10 +10,10 @@ import numpy as np
 from numba import njit
 
 # sums may be reordered into vectors; NaN and infinity keep their meaning
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 
-@_compiled
+@compiled
 def add_rows(values_nH, tokens_n, gates_n, first, last, out_TH):
     """``out[tokens[n], h] += gates[n] * values[n, h]`` for h in first..last-1, the rows n in their order."""
     for n in range(values_nH.shape[0]):
@@ -23,7 +23,7 @@ def add_rows(values_nH, tokens_n, gates_n, first, last, out_TH):
             out_H[h] += gate * values_H[h]
 
 
-@_compiled
+@compiled
 def sort_by_expert(experts_TK, num_experts, padded):
     """A stable counting sort of the flat slots by expert; empty ones (-1) last if ``padded``, else left out.
 

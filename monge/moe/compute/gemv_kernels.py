@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-# sums may be reordered into vectors; NaN and infinity keep their meaning
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+from monge.moe.cpu_kernels import compiled
 
 NEURONS, FEATURES = 64, 128
 """Rows of the input and of the output projection in an item."""
@@ -75,7 +74,7 @@ def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-unty
 _add_to: Any = intrinsic(_atomic_add)
 
 
-@_compiled
+@compiled
 def run_experts(
     x_TH, starts_E1, tokens_R, order_R, gates_S, proj_in_EJH, bias_EJ, proj_out_EHI, function,
     pre_RJ, act_RI, out_TH, counters,
@@ -118,7 +117,7 @@ def run_experts(
     return _reaches(counters, DONE_OUT, parts)
 
 
-@_compiled
+@compiled
 def _reaches(counters, index, items):
     """Look until all items are done, but not for ever: whoever has the last one may have lost its core."""
     looks = 0
@@ -127,7 +126,7 @@ def _reaches(counters, index, items):
     return looks < SPINS
 
 
-@_compiled
+@compiled
 def _dot_2x4(x_nX, r, s, w0_X, w1_X, w2_X, w3_X):
     """The products of the rows r and s of ``x`` with four rows of weights."""
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = x_nX.dtype.type(0)
@@ -148,7 +147,7 @@ def _dot_2x4(x_nX, r, s, w0_X, w1_X, w2_X, w3_X):
     return a0, a1, a2, a3, b0, b1, b2, b3
 
 
-@_compiled
+@compiled
 def _dot_1x4(x_nX, r, w0_X, w1_X, w2_X, w3_X):
     """The products of the row r of ``x`` with four rows of weights."""
     a0 = a1 = a2 = a3 = x_nX.dtype.type(0)
@@ -161,7 +160,7 @@ def _dot_1x4(x_nX, r, w0_X, w1_X, w2_X, w3_X):
     return a0, a1, a2, a3
 
 
-@_compiled
+@compiled
 def _project_in(x_TH, tokens_R, begin, end, weights_JH, first, last, pre_RJ):
     """``pre[n, j] = <weights[j], x[tokens[n]]>`` for j in first..last-1 and n in begin..end-1."""
     quarter = (last - first + 3) // 4
@@ -178,7 +177,7 @@ def _project_in(x_TH, tokens_R, begin, end, weights_JH, first, last, pre_RJ):
             a[j], a[j1], a[j2], a[j3] = _dot_1x4(x_TH, tokens_R[n], w0, w1, w2, w3)
 
 
-@_compiled
+@compiled
 def _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI):
     """Add the bias, then ``act = f(pre)``, gated ``f(gate) * up``, for the neurons first..last-1."""
     I = act_RI.shape[1]
@@ -197,7 +196,7 @@ def _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI):
                 act_I[i] *= pre_J[I + i]
 
 
-@_compiled
+@compiled
 def _apply(function, x):
     if function == SILU:
         return x / (1 + math.exp(-x))
@@ -208,7 +207,7 @@ def _apply(function, x):
     return 0.0 if x < 0 else x  # NaN stays
 
 
-@_compiled
+@compiled
 def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, first, last, out_TH):
     """``out[t, h] = sum_n gates[order[n]] <weights[e, h], act[n]>`` for h in first..last-1, e ascending."""
     out_TH[:, first:last] = 0
@@ -230,13 +229,13 @@ def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, fir
                 _add(out_TH[tokens_R[n]], gates_S[order_R[n]], h, quarter, last, a0, a1, a2, a3)
 
 
-@_compiled
+@compiled
 def _streams(row, quarter, last):
     """The rows of the other three streams. Beyond the range it is its last row, computed once more."""
     return min(row + quarter, last - 1), min(row + 2 * quarter, last - 1), min(row + 3 * quarter, last - 1)
 
 
-@_compiled
+@compiled
 def _add(out_H, gate, h, quarter, last, a0, a1, a2, a3):
     """Add the four sums to the places a quarter apart, those beyond the range left out."""
     out_H[h] += gate * a0
