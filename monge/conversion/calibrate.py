@@ -16,7 +16,7 @@ Shapes: N sequences, L tokens in each, B sequences of a batch, T = N L, H model 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,12 +93,15 @@ def start_streams(model: nn.Module, ffns: Sequence[FFN], chunks: Tensor) -> Stre
     return Streams(layers, calls, dense_NLH, dense_NLH.clone())
 
 
-def observe(streams: Streams, ffn: FFN, between: Callable[[Tensor], None] | None = None) -> Observation:
+def observe(
+    streams: Streams, ffn: FFN, between: Callable[[Tensor], AbstractContextManager[None]] | None = None
+) -> Observation:
     """Run the layer of ``ffn``, still dense, on both streams; the dense stream moves past it.
 
     Args:
         between: is called after the dense stream's pass and before the converted one's, with the drift (T, H)
-            of the residual before the layer in units of y; not where y is not simply added.
+            of the residual before the layer in units of y; the latter runs within what it returns. Not called
+            where y is not simply added.
 
     Raises:
         ValueError: an activation is NaN or infinite.
@@ -106,11 +109,14 @@ def observe(streams: Streams, ffn: FFN, between: Callable[[Tensor], None] | None
     factor = _factor(streams, ffn)
     before_NLH = streams.dense_NLH
     dense_NLH, x_dense_TH, y_dense_TH = _run(streams, ffn, before_NLH)
+    context: AbstractContextManager[None] = nullcontext()
     if between is not None and factor is not None:
-        between(((before_NLH - streams.converted_NLH) / factor).flatten(0, 1))
+        context = between(((before_NLH - streams.converted_NLH) / factor).flatten(0, 1))
     neurons = shape_of(ffn.down_module)[1]
     hidden_TF = before_NLH.new_empty((before_NLH.shape[:2].numel(), neurons))
-    out_NLH, x_TH, y_TH = _run(streams, ffn, streams.converted_NLH, hidden_TF)
+    with context:
+        out_NLH, x_TH, y_TH = _run(streams, ffn, streams.converted_NLH, hidden_TF)
+    del context  # and what it keeps of the stream
     check_finite(dense_NLH, f"layer {ffn.layer}")
     check_finite(out_NLH, f"layer {ffn.layer} of the converted model")
     streams.dense_NLH = dense_NLH

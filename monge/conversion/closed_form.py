@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from monge.conversion.attention import put_attention, refit_attention
 from monge.conversion.calibrate import Streams, advance, observe, skip, start_streams
 from monge.conversion.config import ConvertConfig
 from monge.conversion.layerwise import ALPHA, ConvertedLayer, convert_layer, divide_layer, held_out
+from monge.conversion.matmul import fast_float32
 from monge.conversion.observer import Observer
 from monge.conversion.on_disk import keep
 from monge.conversion.refit import Refit
@@ -116,17 +118,18 @@ def _convert(
     """Convert one layer, write its stage files and move the streams past it; returns its record."""
     attention: dict[str, Tensor] = {}
     between = partial(_refit_attention, streams, ffn, attention) if config.refit else None
-    seen, weights = observe(streams, ffn, between), ffn.read()
-    converted, y_TH = convert_layer(
-        seen,
-        weights,
-        config,
-        gates,
-        layer=ffn.layer,
-        sequence=streams.dense_NLH.shape[1],
-        given=given.get(ffn.layer),
-        importance_CF=importance.get(ffn.layer),
-    )
+    with fast_float32():  # not around `advance`, which may run the layer's experts
+        seen, weights = observe(streams, ffn, between), ffn.read()
+        converted, y_TH = convert_layer(
+            seen,
+            weights,
+            config,
+            gates,
+            layer=ffn.layer,
+            sequence=streams.dense_NLH.shape[1],
+            given=given.get(ffn.layer),
+            importance_CF=importance.get(ffn.layer),
+        )
     converted.install(ffn, gates)
     advance(streams, ffn, seen, y_TH)
     _save(stages, ffn, converted, attention)
@@ -162,10 +165,17 @@ def _resume(
     return streams
 
 
-def _refit_attention(streams: Streams, ffn: FFN, done: dict[str, Tensor], drift_TH: Tensor) -> None:
+def _refit_attention(
+    streams: Streams, ffn: FFN, done: dict[str, Tensor], drift_TH: Tensor
+) -> AbstractContextManager[None]:
+    """Refit attention's projection; within what comes back, a pass through the layer has its inputs ready."""
     held_out_T = held_out(len(drift_TH), streams.dense_NLH.shape[1]).to(drift_TH.device)
-    if (refit := refit_attention(streams, ffn, drift_TH, held_out_T, ALPHA)) is not None:
-        done["attention"] = refit.down_HF
+    refitted = refit_attention(streams, ffn, drift_TH, held_out_T, ALPHA)
+    if refitted is None:
+        return nullcontext()
+    refit, replay = refitted
+    done["attention"] = refit.down_HF
+    return replay.within()
 
 
 def _save(stages: Stages, ffn: FFN, converted: ConvertedLayer, attention: dict[str, Tensor]) -> None:

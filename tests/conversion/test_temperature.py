@@ -1,16 +1,12 @@
-"""The scale of the final norm, and the refit of attention, for every family."""
+"""The scale of the final norm, for every family."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-from monge.conversion.attention import attention_projection, refit_attention
-from monge.conversion.calibrate import start_streams
-from monge.conversion.ffn import find_ffns
 from monge.conversion.teacher import Head
 from monge.conversion.temperature import GRID, final_norm, fit_scale, scale_final_norm
 
@@ -50,24 +46,3 @@ def test_the_scale_undoes_a_wrong_temperature(tiny_model):
     assert fit_scale(states, states / 0.8, capped) == pytest.approx(0.8)
     noisy = states + 0.5 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
     assert GRID[0] <= fit_scale(states, noisy, head) < 1
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "gpt2", "gemma3"])
-@torch.no_grad()
-def test_the_refit_of_attention_brings_a_disturbed_stream_closer(tiny_model, family):
-    model = tiny_model(family)
-    ids = torch.randint(0, 300, (48, 16), generator=torch.Generator().manual_seed(0))
-    ffns = find_ffns(model)
-    streams = start_streams(model, ffns, ids)
-    projection = attention_projection(streams, ffns[0])
-    names = {module: name for name, module in model.named_modules()}
-    assert names[projection].endswith(("o_proj", "c_proj"))
-    weight = copy.deepcopy(projection.weight)
-    drift = 0.3 * torch.randn(48 * 16, 32, generator=torch.Generator().manual_seed(1))
-    # a drift that attention can see and undo: a fixed vector
-    drift = drift + drift.mean(0) * 50
-    streams.converted_NLH = streams.dense_NLH - drift.view(48, 16, 32)
-    held_out = torch.arange(48 * 16) % 8 == 7
-    refit = refit_attention(streams, ffns[0], drift, held_out, alpha=1.0)
-    assert refit.error < refit.error_before
-    assert not torch.equal(projection.weight, weight)
