@@ -8,6 +8,8 @@ import pytest
 import torch
 from path_cases import assert_same, formula, gradients, problem
 
+from monge.moe import activations
+from monge.moe.activations import ACTIVATIONS
 from monge.moe.compute import PATHS, choose_path, memory, precision
 from monge.ot.threads import on_torch_threads
 
@@ -167,3 +169,17 @@ def test_experts_are_spread_over_threads(threads, dtype, monkeypatch):
     exact = formula(x.double(), busy, w.double(), a.double(), d.double(), act)
     torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-2)
     assert spread == 4 * [threads] + [2] * (threads == 2)  # half of all rows: the share of one of two threads
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name, act in ACTIVATIONS.items() if act.gated])
+def test_the_compiled_gating_equals_torchs_operators(name, dtype, rows, monkeypatch):
+    act, generator = ACTIVATIONS[name], torch.Generator().manual_seed(0)
+    pre, grad = (torch.randn(rows, n, generator=generator, dtype=dtype) for n in (2 * 37, 37))
+    weights = torch.rand(rows, 1, generator=generator, dtype=dtype)
+    weights[:1], pre[-1:, 40] = 0.0, float("nan")
+    compiled = act.backward(grad.clone(), weights, pre)
+    monkeypatch.setattr(activations, "_compiled", lambda *_: False)
+    for one, other in zip(compiled, act.backward(grad.clone(), weights, pre), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
