@@ -16,7 +16,7 @@ from monge.workspace.run import as_stored, begin_run, check_digest, stored_run
 from monge.workspace.text import Domain, find_domains, missing_packages
 from monge.workspace.writing import write_atomic, write_json
 
-FREE = ("routers", "seeds")  # settings that may change in a folder: no run depends on them
+FREE = ("preset", "routers", "seeds")  # settings that may change in a folder: no run depends on them
 
 
 def find_data(config: ExperimentConfig) -> Sequence[Domain] | Images:
@@ -44,7 +44,8 @@ def missing_note(config: ExperimentConfig) -> str:
 def open_folder(out: Path, config: ExperimentConfig, found: Sequence[Domain] | Images) -> Data:
     """The experiment's data; `out` becomes its folder, or is the folder of the same experiment already.
 
-    Which routers are compared and over how many seeds may have changed since: runs do not depend on it.
+    Which routers are compared, over how many seeds and from which preset may have changed since: runs do not
+    depend on it.
 
     Raises:
         ValueError: `out` holds an experiment with other settings or data; the message names what differs.

@@ -134,7 +134,7 @@ def _size(out: Path) -> int:
 
 def test_more_routers_and_seeds_are_added_to_what_is_there(make_config, tmp_path):
     few = make_config(routers=("topk", "noisy_topk"), seeds=1, steps=4)
-    many = replace(few, routers=("prices", "noisy_topk", "topk"), seeds=2)
+    many = replace(few, preset="papers", routers=("prices", "noisy_topk", "topk"), seeds=2)
     begun = compare(few, tmp_path / "out")
     counter = Interrupter(0)
     compare(many, tmp_path / "out", observer=counter)
