@@ -23,7 +23,7 @@ from monge.lab.presets import PRESETS
 from monge.ot import soft_topk
 from monge.routing import ROUTERS, MaxScore, Prices
 from monge.routing.assigning import balanced_choice
-from monge.routing.gates import normalised, top_k_of
+from monge.routing.gates import gates_of, normalised, top_k_of
 from monge.routing.router import Batch, Choice, recomputing
 
 
@@ -39,6 +39,25 @@ class SoftPrices(Prices):
     def gates(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
         relaxed_TE = soft_topk(logits_TE - self.prices, self.top_k, temperature=self.temperature)
         return normalised(relaxed_TE.gather(1, indices_TK))
+
+
+class AnnealedPrices(Prices):
+    """Prices choose, and the gates are MaxScore's annealed ones, of ``softmax(Z_t - b)`` over all experts: as
+    they are for the first choice, times a factor falling linearly from ``anneal_from`` to 1 for the others.
+    """
+
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, *,
+        anneal_from: float = 4.0, anneal_steps: int = 300, **common: Any,
+    ):  # fmt: skip
+        super().__init__(dim, num_experts, top_k, **common)
+        self.anneal_from, self.anneal_steps = anneal_from, anneal_steps
+
+    def gates(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
+        passed = (self.steps / self.anneal_steps).clamp(max=1.0)
+        factor = self.anneal_from + (1.0 - self.anneal_from) * passed
+        probs_TK = gates_of(logits_TE - self.prices, indices_TK, renormalise=False)
+        return torch.cat([probs_TK[:, :1], factor * probs_TK[:, 1:]], dim=1)
 
 
 class FlowThenPrices(Prices):
@@ -137,14 +156,15 @@ class RandomPrices(Prices):
 
 CANDIDATES = {
     "soft_prices": SoftPrices,
+    "annealed_prices": AnnealedPrices,
     "flow_then_prices": FlowThenPrices,
     "tightening_maxscore": TighteningMaxScore,
     "adaptive_prices": AdaptivePrices,
     "random_prices": RandomPrices,
 }
 ROWS = (
-    "topk", "prices", "prices:gates=raw", "prices:momentum=0.9", "soft_prices", "flow_then_prices",
-    "tightening_maxscore", "adaptive_prices", "random_prices",
+    "topk", "prices", "prices:gates=raw", "prices:momentum=0.9", "soft_prices", "annealed_prices",
+    "flow_then_prices", "tightening_maxscore", "adaptive_prices", "random_prices",
 )  # fmt: skip
 
 
