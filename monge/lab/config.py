@@ -170,6 +170,8 @@ class VisionConfig(ExperimentConfig):
     """Side of a patch in pixels; a patch is a token, and the side of an image must be a multiple."""
     max_images: int = 20_000
     """Training images at most; the rest of a larger set is left out."""
+    max_val_images: int = 2_000
+    """Validation images at most; every one is classified as it is and under all corruptions."""
 
 
 # 256 bytes and the end-of-text token are always in the vocabulary.

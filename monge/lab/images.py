@@ -154,10 +154,17 @@ def load_images(config: VisionConfig) -> Images:
             f"images of {height} x {width} pixels cannot be cut into patches of {config.patch}: give "
             "--image-size, a multiple of --patch, to scale them to a square."
         )
-    if len(train_N) > config.max_images:
-        rows = torch.randperm(len(train_N), generator=torch.Generator().manual_seed(0))[: config.max_images]
-        train_NCHW, train_N = train_NCHW[rows], train_N[rows]
+    train_NCHW, train_N = _at_most(config.max_images, train_NCHW, train_N)
+    val_NCHW, val_N = _at_most(config.max_val_images, val_NCHW, val_N)
     return Images(name, train_NCHW, train_N, val_NCHW, val_N, classes, config.patch)
+
+
+def _at_most(count: int, images_NCHW: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """So many of the images, drawn at random, always the same ones; all where there are no more."""
+    if len(labels_N) <= count:
+        return images_NCHW, labels_N
+    rows = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))[:count]
+    return images_NCHW[rows], labels_N[rows]
 
 
 def _digits() -> tuple[Tensor, Tensor]:

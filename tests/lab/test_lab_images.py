@@ -69,8 +69,8 @@ def test_idx_files_are_paired_and_the_smaller_set_is_held_out(idx_folder, spelli
 
 def test_a_set_in_one_part_is_split_and_a_large_one_cut(idx_folder):
     name = (f"{idx_folder}/train*",)
-    images = load_images(VisionConfig(images=name, max_images=20))
-    assert (len(images.train), len(images.val), images.shape.size) == (20, 8, 12)
+    images = load_images(VisionConfig(images=name, max_images=20, max_val_images=5))
+    assert (len(images.train), len(images.val), images.shape.size) == (20, 5, 12)
 
 
 def test_a_folder_by_class_keeps_its_names_and_colours(tmp_path):
