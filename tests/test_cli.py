@@ -143,10 +143,11 @@ def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path,
     from monge.conversion.evaluation import quality
 
     asked, written, compared = [], [], []
+    dense = type("Model", (str,), {"parameters": lambda self: [torch.zeros(4, 25)]})("dense")
 
     def convert(model, settings, *, out, observer):
         asked.append((model, settings.method, settings.ffn_active, settings.tokens, out.name))
-        summary = {"params_active": 70, "params_total": 100}
+        summary = {"params_active": 70, "params_total": 70 if settings.method == "static" else 101}
         return conversion.ConvertResult(settings.method, None, settings, summary, out)
 
     def open_corpus(tokenizer, settings):
@@ -162,7 +163,7 @@ def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path,
     monkeypatch.setattr(quality, "predictor", lambda model: model)
     monkeypatch.setattr(quality, "sum_predictors", sum_predictors)
     monkeypatch.setattr(source, "default_model", lambda: "smol")
-    monkeypatch.setattr(source, "open_model", lambda model: SimpleNamespace(model="dense", tokenizer=None))
+    monkeypatch.setattr(source, "open_model", lambda model: SimpleNamespace(model=dense, tokenizer=None))
     monkeypatch.setattr(
         generation, "generate_text", lambda model, *_, **__: written.append(model) or f" {model} text"
     )
@@ -172,10 +173,11 @@ def test_the_demo_converts_three_ways_then_compares_with_one_seed(lab, tmp_path,
     printed = capsys.readouterr().out
     assert compared == [("dense", list(demo.METHODS), 16)]  # 4,096 tokens
     assert all(ratio in printed for ratio in ("1.20x", "1.50x", "2.00x"))
+    assert printed.count("70%") == len(demo.METHODS)  # active, of the dense model's parameters
     assert "ot_lloyd text" in printed
     assert lab.config.seeds == 1
     assert lab.config.routers == ("dense", "topk", "ssr", "maxscore", "prices")
-    assert lab.config.steps == PRESETS["quick"].steps // 2
+    assert lab.config.steps == PRESETS["quick"].steps // 3
 
 
 def test_report_draws_again(tmp_path, capsys):

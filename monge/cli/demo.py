@@ -34,7 +34,7 @@ PROMPTS = (
 )
 WRITTEN = 32  # tokens after each prompt
 QUICK = PRESETS["quick"]
-COMPARISON = replace(QUICK, routers=ROUTERS, seeds=1, steps=QUICK.steps // 2)
+COMPARISON = replace(QUICK, routers=ROUTERS, seeds=1, steps=QUICK.steps // 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Arguments:
 
     Half of the FFN neurons stay active; random division and static pruning stand beside the conversion, all
     refitted in the same way. Then a dense model and four with experts are trained, routed by top-k, SSR,
-    MaxScore and prices. One seed each, half as long as in the quick preset: a demonstration, no ranking.
+    MaxScore and prices. One seed each, a third as long as in the quick preset: a demonstration, no ranking.
     `monge convert` and `monge compare` have every option.
     """
 
@@ -93,6 +93,7 @@ def _compare(console: Console, dense: Source, results: dict[str, ConvertResult])
         predictors = [predictor(result.model) for result in results.values()]
         totals = sum_predictors(dense.model, predictors, chunks_NL, observer=progress)
     table = Table("method", "perplexity", "of dense", "KL", "same choice", "active", box=box.SIMPLE_HEAD)
+    parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     table.add_row("dense", f"{totals[0].means().perplexity_dense:.2f}", "1.00x", "0", "100%", "100%")
     for (method, result), total in zip(results.items(), totals):
         quality, summary = total.means(), result.summary
@@ -102,6 +103,6 @@ def _compare(console: Console, dense: Source, results: dict[str, ConvertResult])
             f"{quality.perplexity / quality.perplexity_dense:.2f}x",
             f"{quality.kl:.3f}",
             f"{quality.agreement:.0%}",
-            f"{summary['params_active'] / summary['params_total']:.0%}",
+            f"{summary['params_active'] / parameters:.0%}",
         )
     console.print(table)
