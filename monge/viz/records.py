@@ -25,7 +25,8 @@ class Comparison:
     Attributes:
         config: the content of ``config.json``.
         records: the lines of ``records.jsonl`` by kind ("train", "load", "val", "eval"), each sorted by step,
-            the last writer of a (router, seed, step, layer) winning.
+            the last writer of a (router, seed, step, layer) winning. Only of the routers and seeds asked for
+            last: the folder may hold more.
         rows: one summary per router, from ``summary.json`` or, where that is missing, from the finished runs.
     """
 
@@ -146,8 +147,19 @@ def read_comparison(out: Path) -> Comparison:
         ValueError: ``config.json`` is not a JSON object.
     """
     config = read_config(out)
-    records, rows = _latest(read_lines(out)), read_summary(out)
+    records, rows = _latest(_asked(read_lines(out), config.get("config", {}))), read_summary(out)
     return Comparison(config, records, rows if isinstance(rows, list) else _summarise(records))
+
+
+def _asked(lines: list[Record], settings: Record) -> list[Record]:
+    """The lines of the routers and seeds that the settings name, all where they name none."""
+    routers, seeds = settings.get("routers"), settings.get("seeds")
+    return [
+        line
+        for line in lines
+        if (routers is None or line.get("router") in routers)
+        and (seeds is None or line.get("seed", 0) < seeds)
+    ]
 
 
 def _latest(lines: list[Record]) -> dict[str, list[Record]]:

@@ -36,6 +36,17 @@ def test_a_complete_folder_is_read_whole(tmp_path):
     assert comparison.curve("train", "dense", "max_violation")[1].size == 0
 
 
+def test_only_what_was_asked_for_last_is_shown(tmp_path):
+    out = write_fake_run(tmp_path, routers=("dense", "topk", "ssr"), seeds=3, steps=80)
+    config = json.loads((out / "config.json").read_text())
+    config["config"] |= {"routers": ["topk", "dense"], "seeds": 2}
+    (out / "config.json").write_text(json.dumps(config))
+    comparison = read_comparison(out)
+    assert comparison.routers == ["topk", "dense"]
+    assert (comparison.planned_runs, comparison.finished_runs) == (4, 4)
+    assert len(comparison.curve("train", "topk", "loss")[1]) == 2
+
+
 def test_an_unfinished_folder_gives_means_over_the_finished_runs(tmp_path):
     whole = read_comparison(write_fake_run(tmp_path / "whole", routers=("topk", "ssr"), seeds=3, steps=80))
     part = read_comparison(
