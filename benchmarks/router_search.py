@@ -23,7 +23,7 @@ from monge.lab.presets import PRESETS
 from monge.ot import soft_topk
 from monge.routing import ROUTERS, MaxScore, Prices
 from monge.routing.assigning import balanced_choice
-from monge.routing.gates import gates_of, normalised, top_k_of
+from monge.routing.gates import annealed_gates, normalised, top_k_of
 from monge.routing.router import Batch, Choice, recomputing
 
 
@@ -54,10 +54,13 @@ class AnnealedPrices(Prices):
         self.anneal_from, self.anneal_steps = anneal_from, anneal_steps
 
     def gates(self, logits_TE: Tensor, indices_TK: Tensor) -> Tensor:
-        passed = (self.steps / self.anneal_steps).clamp(max=1.0)
-        factor = self.anneal_from + (1.0 - self.anneal_from) * passed
-        probs_TK = gates_of(logits_TE - self.prices, indices_TK, renormalise=False)
-        return torch.cat([probs_TK[:, :1], factor * probs_TK[:, 1:]], dim=1)
+        return annealed_gates(
+            logits_TE - self.prices,
+            indices_TK,
+            self.steps,
+            start=self.anneal_from,
+            duration=self.anneal_steps,
+        )
 
 
 class FlowThenPrices(Prices):

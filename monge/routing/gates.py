@@ -37,6 +37,17 @@ def gates_of(
     return log_scores_TE.gather(1, indices_TK).softmax(dim=1)
 
 
+def annealed_gates(
+    logits_TE: Tensor, indices_TK: Tensor, steps: Tensor, *, start: float, duration: int
+) -> Tensor:
+    """(T, K) the softmax of the first choice, and that of the others times a factor that falls linearly from
+    ``start`` to 1 while ``steps`` go from 0 to ``duration``; not renormalised. MaxScore's released SoftTopk.
+    """
+    factor = start + (1.0 - start) * (steps / duration).clamp(max=1.0)
+    probs_TK = gates_of(logits_TE, indices_TK, renormalise=False)
+    return torch.cat([probs_TK[:, :1], factor * probs_TK[:, 1:]], dim=1)
+
+
 def normalised(values_TK: Tensor, renormalise: bool | None = None) -> Tensor:
     """``values_TK`` divided by the sum of their row, on the terms of ``gates_of``; rows of zeros stay."""
     if not _renormalises(renormalise, values_TK.shape[1]):

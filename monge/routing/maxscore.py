@@ -20,7 +20,7 @@ from monge.routing.checks import (
     check_positive,
     check_share,
 )
-from monge.routing.gates import gates_of, normalised, scores_of, top_k_of
+from monge.routing.gates import annealed_gates, gates_of, normalised, scores_of, top_k_of
 from monge.routing.losses import load_balance_loss, shared_balance
 from monge.routing.router import Batch, Choice
 from monge.routing.stepped import SteppedRouter
@@ -163,10 +163,9 @@ class MaxScore(SteppedRouter):
         if self.gate_form == "renormalised":
             return gates_of(logits_TE, indices_TK)
         if self.gate_form == "annealed":
-            passed = (self.steps / self.anneal_steps).clamp(max=1.0)
-            factor = self.anneal_from + (1.0 - self.anneal_from) * passed
-            probs_TK = gates_of(logits_TE, indices_TK, renormalise=False)
-            return torch.cat([probs_TK[:, :1], factor * probs_TK[:, 1:]], dim=1)
+            return annealed_gates(
+                logits_TE, indices_TK, self.steps, start=self.anneal_from, duration=self.anneal_steps
+            )
         relaxed_TE = soft_topk(priced_TE, self.top_k, temperature=self.temperature)
         return normalised(relaxed_TE.gather(1, indices_TK))
 
