@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from monge.workspace.machine import accelerator
 
-def machine() -> dict[str, object]:
-    """What the figures were taken on: processor, cores, load, versions and the date."""
+
+def machine(device: str = "cpu") -> dict[str, object]:
+    """What the figures were taken on: processor, cores, load, accelerator, versions and the date."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -28,6 +30,7 @@ def machine() -> dict[str, object]:
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **accelerator(device),
     }
 
 

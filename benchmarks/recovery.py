@@ -68,7 +68,9 @@ class Campaign:
 
     @cached_property
     def source(self) -> Source:
-        return open_model(self.path)
+        source = open_model(self.path)
+        source.model.to(self.base.device)
+        return source
 
     @cached_property
     def evaluated(self) -> dict[str, Tensor]:
@@ -109,7 +111,7 @@ class Campaign:
 
     def _converted(self, cell: Cell, config: ConvertConfig, folder: Path) -> nn.Module:
         if cell.method == CONTROL:
-            return open_model(self.path).model
+            return open_model(self.path).model.to(self.base.device)
         cpu = time.process_time()
         result = convert(self.path, config, out=folder / "run", observer=Lines(cell.name))
         seconds = {"closed_cpu_minutes": (time.process_time() - cpu) / 60}
@@ -142,7 +144,7 @@ class Campaign:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             figures = compute()
-            write_json(path, figures | {"machine": machine()})
+            write_json(path, figures | {"machine": machine(self.base.device)})
             if SPEECHES in figures:
                 told = ", ".join(f"{text} {figures[text]['ratio']:.3f}" for text in self.evaluated)
                 print(f"{path.parent.name} {path.stem}: {told}", flush=True)
@@ -217,6 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="of fine-tuning, 512 tokens each (default none)")
     parser.add_argument("--tokens", type=int, default=32_768, help="calibration tokens (default 32768)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where to compute (default cpu)")
     parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate (default 3e-4)")
     parser.add_argument("--texts", nargs="*", default=list(OTHERS), help="other kinds of text")
     parser.add_argument("--show", action="store_true", help="only print what is there")
@@ -225,7 +228,13 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if not chosen.show:
         torch.set_num_threads(chosen.threads)
-        base = ConvertConfig(tokens=chosen.tokens, eval_tokens=256, threads=chosen.threads, rate=chosen.rate)
+        base = ConvertConfig(
+            tokens=chosen.tokens,
+            eval_tokens=256,
+            threads=chosen.threads,
+            rate=chosen.rate,
+            device=chosen.device,
+        )
         campaign = Campaign(chosen.out, chosen.figures, base, chosen.steps, chosen.texts)
         for seed, active, method in product(chosen.seeds, chosen.active, chosen.methods):
             if method == CONTROL and (not chosen.steps or active != chosen.active[0]):

@@ -71,13 +71,14 @@ def _measure(parsed: Arguments, progress: StageLines) -> None:
 
     from monge.speed import measure_experts
     from monge.speed.measuring import cases, remaining
-    from monge.workspace.machine import machine
+    from monge.workspace.machine import machine, usable_device
     from monge.workspace.records import Records
     from monge.workspace.run import begin_run, stored_run
     from monge.workspace.writing import prepare_folder, write_json
 
     config = parsed.settings
     settings = asdict(config) | {"model": parsed.model, "against": parsed.against, "text": parsed.text}
+    usable_device(config.device)
     torch.set_num_threads(1 if config.cpu_time else config.threads)
     stored = stored_run(parsed.out, "bench", settings)
     prepare_folder(parsed.out, 2**20)
@@ -92,7 +93,7 @@ def _measure(parsed: Arguments, progress: StageLines) -> None:
         progress.advance(1, f"{case.get('phase') or case.get('layer')}, {case['dtype']}")
     if parsed.model and not any(row["kind"] == "model" for row in records.rows):
         _measure_models(parsed, records, progress)
-    write_json(parsed.out / "summary.json", {"machine": machine(), "rows": records.rows})
+    write_json(parsed.out / "summary.json", {"machine": machine(config.device), "rows": records.rows})
 
 
 def _measure_models(parsed: Arguments, records: Records, progress: StageLines) -> None:
@@ -102,8 +103,8 @@ def _measure_models(parsed: Arguments, records: Records, progress: StageLines) -
     from monge.conversion.opening import open_any
 
     config = parsed.settings
-    converted = open_any(parsed.model)
-    dense = open_any(parsed.against).model if parsed.against else None
+    converted = open_any(parsed.model, device=config.device)
+    dense = open_any(parsed.against, device=config.device).model if parsed.against else None
     models = contenders(dense, converted.model)
     prompt_L = other_text(converted.tokenizer, parsed.text, config.prompt, config.prompt)[0]
     progress.stage("whole model", len(models) * (config.repeats + 1))

@@ -62,7 +62,7 @@ def convert_and_report(
         raise ImportError("this needs transformers, not installed here: pip install 'monge[hf]'.")
     from monge.conversion import convert
 
-    with joined() as prints:
+    with joined(settings.device) as prints:
         console = make_console(quiet=not prints)
         say(console, f"{model} to {out}")
         with make_stage_progress(console) as progress:

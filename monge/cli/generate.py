@@ -25,6 +25,8 @@ class Arguments:
     """Put the prompt into the model's chat template."""
     temperature: float = 0.0
     """0 takes the likeliest token each time; more samples, from softmax(logits / temperature)."""
+    device: str = "cpu"
+    """Where to compute: a torch device such as cpu or cuda."""
     seed: int = 0
     """Seed of the sampling."""
     debug: bool = False  # `main` has read it already; declared for the help
@@ -40,10 +42,11 @@ def run(arguments: list[str]) -> None:
         raise ImportError("this needs transformers, not installed here: pip install 'monge[hf]'.")
     from monge.conversion.generation import generate_text
     from monge.conversion.opening import open_any
+    from monge.workspace.machine import usable_device
 
     notes = Console(stderr=True, highlight=False)
     with notes.status(f"opening {parsed.model}"):
-        source = open_any(parsed.model)
+        source = open_any(parsed.model, device=usable_device(parsed.device))
     if not parsed.chat:
         print(parsed.prompt, end="", flush=True)
     began = time.perf_counter()

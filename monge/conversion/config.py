@@ -78,6 +78,8 @@ class ConvertConfig:
     batch: int = 2
     """Sequences in a step of fine-tuning or training."""
 
+    device: str = "cpu"
+    """Where to compute: a torch device such as cpu or cuda."""
     seed: int = 0
     """Seed of the choice of calibration text, of initialisations and of the order of training."""
     threads: int = 2

@@ -24,6 +24,7 @@ from monge.conversion.source import Source, open_model
 from monge.conversion.stages import Stages
 from monge.conversion.streaming import model_on_disk
 from monge.conversion.types import FFN
+from monge.workspace.machine import usable_device
 from monge.workspace.ranks import ALONE, Ranks
 from monge.workspace.records import Record, Records
 from monge.workspace.run import begin_run, check_digest, stored_run
@@ -100,7 +101,8 @@ def open_job(
     _check_method(config)
     if stream:
         _check_stream(model, config, out)
-    source, reopen = _open(model, tokenizer, stream)
+    device = usable_device(config.device)
+    source, reopen = _open(model, tokenizer, stream, device)
     ffns = find_ffns(source.model)
     settings = asdict(config)
     config = _with_ffn_share(config, source.model, ffns)
@@ -115,11 +117,12 @@ def open_job(
         corpus = open_corpus(source.tokenizer, config)
         chunks, digest = corpus.calibration_NL, corpus.digest
     else:
-        chunks, digest = inputs, hashlib.sha256(inputs.contiguous().numpy().tobytes()).hexdigest()
-    job = Job(source, reopen, ffns, plan, config, _gates(source, ffns, config), chunks, corpus, observer)
+        chunks, digest = inputs, hashlib.sha256(inputs.cpu().contiguous().numpy().tobytes()).hexdigest()
+    gates = _gates(source, ffns, config)
+    job = Job(source, reopen, ffns, plan, config, gates, chunks.to(device), corpus, observer)
     if out is None:
         return job
-    job.out, job.stages, job.ranks = out, Stages(out / "stages"), ranks
+    job.out, job.stages, job.ranks = out, Stages(out / "stages", device), ranks
     if ranks.first:
         job.records = Records(out / "records.jsonl")
     if stored is not None:
@@ -184,6 +187,7 @@ def _check_stream(model: str | Path | nn.Module, config: ConvertConfig, out: Pat
         f"router {config.router!r}": config.router == "trained",
         "static pruning": METHODS[config.method].dense,
         "fine-tuning": config.minutes > 0,
+        f"device {config.device!r}": config.device != "cpu",
     }
     if needs := [name for name, applies in whole.items() if applies]:
         raise ValueError(
@@ -194,13 +198,14 @@ def _check_stream(model: str | Path | nn.Module, config: ConvertConfig, out: Pat
 
 
 def _open(
-    model: str | Path | nn.Module, tokenizer: Any, stream: bool
+    model: str | Path | nn.Module, tokenizer: Any, stream: bool, device: torch.device
 ) -> tuple[Source, Callable[[], nn.Module]]:
     if not isinstance(model, nn.Module):
         source = open_model(model, stream=stream)
         if stream:
             return source, lambda: model_on_disk(type(source.model), source.path)
-        return source, lambda: open_model(model).model
+        source.model.to(device)
+        return source, lambda: open_model(model).model.to(device)
     for parameter in model.parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(f"model has {parameter.dtype} weights: convert it in float32, `model.float()`")
@@ -210,7 +215,7 @@ def _open(
     name = type(model).__name__
     causal = getattr(model, "get_output_embeddings", lambda: None)() is not None and "CausalLM" in name
     source = Source(
-        model=copy.deepcopy(model).eval(),
+        model=copy.deepcopy(model).to(device).eval(),
         tokenizer=tokenizer,
         config=getattr(model, "config", None),
         name=name,
@@ -218,4 +223,4 @@ def _open(
         digest=digest.hexdigest(),
         causal=causal,
     )
-    return source, lambda: copy.deepcopy(model).eval()
+    return source, lambda: copy.deepcopy(model).to(device).eval()

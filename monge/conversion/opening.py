@@ -14,7 +14,9 @@ from monge.conversion.source import Source, open_model, quiet
 from monge.conversion.weight_files import digest_of
 
 
-def open_any(model: str | Path, *, dtype: torch.dtype = torch.float32) -> Source:
+def open_any(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Source:
     """Open whatever `monge.convert` reads or `monge.export` writes, with its tokenizer.
 
     Raises:
@@ -26,8 +28,10 @@ def open_any(model: str | Path, *, dtype: torch.dtype = torch.float32) -> Source
     """
     path = Path(model).expanduser()
     if not _is_monge(path):
-        return open_model(model, dtype=dtype)
-    loaded: Any = load(path).to(dtype)
+        source = open_model(model, dtype=dtype)
+        source.model.to(device)
+        return source
+    loaded: Any = load(path).to(device, dtype)
     reads_text = loaded.main_input_name == "input_ids"
     digest = digest_of(sorted(path.glob("*.safetensors")))
     tokenizer = _tokenizer(path) if reads_text else None

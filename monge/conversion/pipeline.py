@@ -146,7 +146,9 @@ def _transform(job: Job) -> None:
             record=job.record,
         )
         if job.config.refit and job.source.causal and job.corpus is not None:
-            scale = calibrate_certainty(job.source.model, job.reopen(), job.corpus.selection_NL)
+            scale = calibrate_certainty(
+                job.source.model, job.reopen(), job.corpus.selection_NL.to(job.chunks.device)
+            )
             job.record({"kind": "scale", "scale": scale})
 
 

@@ -37,7 +37,7 @@ class Source:
     """A dense model as it was opened.
 
     Attributes:
-        model: in evaluation mode, on the CPU.
+        model: in evaluation mode.
         tokenizer: None for a model that reads no text.
         config: of transformers.
         name: short, for reports, such as 'SmolLM2-135M-Instruct (Q4_1)'.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,7 +17,7 @@ from monge.workspace.writing import write_atomic
 
 
 class Stages:
-    """Named sets of tensors in a folder; without a folder nothing is kept.
+    """Named sets of tensors in a folder; without a folder nothing is kept. They come back on ``device``.
 
     Examples:
         >>> import tempfile, torch
@@ -30,8 +31,8 @@ class Stages:
         True
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, device: str | torch.device = "cpu") -> None:
+        self.folder, self.device = folder, device
 
     def path(self, name: str) -> Path | None:
         """Where ``name`` is or would be, for stages that write their own checkpoints."""
@@ -59,7 +60,7 @@ class Stages:
         try:
             with safe_open(path, framework="pt") as file:
                 names, about = file.keys(), json.loads(file.metadata()["about"])
-                return {name: file.get_tensor(name) for name in names}, about
+                return {name: file.get_tensor(name).to(self.device) for name in names}, about
         except Exception as error:
             raise ValueError(
                 f"the stage file {path} is damaged ({error}). Delete its folder, and the same command "

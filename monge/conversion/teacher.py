@@ -76,6 +76,7 @@ class Head:
 
     @torch.no_grad()
     def _check(self, model: nn.Module, tokens_BL: Tensor) -> None:
+        tokens_BL = tokens_BL.to(self.weight_VH.device)
         theirs_TV = model(input_ids=tokens_BL, use_cache=False).logits.flatten(0, 1)
         if not torch.isfinite(theirs_TV).all():
             raise ValueError(
@@ -138,6 +139,7 @@ class Teacher:
         was_training = model.training
         model.eval()
         head = Head.of(model, chunks_NL[:1, :8])
+        chunks_NL = chunks_NL.to(head.weight_VH.device)
         observer.stage("teacher", len(chunks_NL))
         for start in range(0, len(chunks_NL), BATCH):
             with torch.no_grad(), fast_float32():

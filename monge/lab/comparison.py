@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from monge.lab.config import ExperimentConfig
 from monge.lab.evaluation import evaluate
 from monge.lab.folder import find_data, missing_note, open_folder
@@ -20,7 +18,7 @@ from monge.lab.routers import DENSE, parse_router
 from monge.lab.summary import summarise
 from monge.lab.training import Run, shared_routing, train
 from monge.routing import ROUTERS
-from monge.workspace.machine import torch_threads
+from monge.workspace.machine import torch_threads, usable_device
 from monge.workspace.memory import peak_bytes, reset_peak
 from monge.workspace.ranks import Ranks
 from monge.workspace.records import Record, Records
@@ -124,12 +122,6 @@ def _largest_model(config: ExperimentConfig, images: ImageShape | None) -> int:
             f"there is no router {', '.join(map(repr, unknown))}; "
             f"routers may name {DENSE}, {', '.join(ROUTERS)}."
         )
-    try:
-        torch.empty(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {config.device!r} cannot be used here ({reason}). Try device cpu."
-        ) from error
+    usable_device(config.device)
     models = (build_model(router, config, 0, images) for router in config.routers)
     return max(parameter_counts(model, config)[0] for model in models)

@@ -35,10 +35,13 @@ class DenseFFN(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def routed(T: int, H: int, E: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def routed(
+    T: int, H: int, E: int, K: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and a random routing with renormalised gates."""
     gates_TK, indices_TK = torch.randn(T, E).softmax(dim=1).topk(K, dim=1)
-    return torch.randn(T, H).to(dtype), indices_TK, gates_TK / gates_TK.sum(dim=1, keepdim=True)
+    gates_TK /= gates_TK.sum(dim=1, keepdim=True)
+    return torch.randn(T, H).to(device, dtype), indices_TK.to(device), gates_TK.to(device)
 
 
 def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
@@ -61,7 +64,16 @@ def transformers_experts(experts: Experts, implementation: str) -> nn.Module:
 
 
 def candidates(
-    H: int, I: int, E: int, K: int, T: int, dtype: torch.dtype, dense_width: int, *, backward: bool
+    H: int,
+    I: int,
+    E: int,
+    K: int,
+    T: int,
+    dtype: torch.dtype,
+    dense_width: int,
+    device: str = "cpu",
+    *,
+    backward: bool,
 ) -> dict[str, Callable[[], object]]:
     """The dense FFN, ours and transformers', as callables without arguments.
 
@@ -70,14 +82,15 @@ def candidates(
         backward: forward and backward, instead of a forward without gradients.
     """
     torch.manual_seed(0)
-    batches = [routed(T, H, E, K, dtype) for _ in range(ROUTINGS)]
-    experts, dense = Experts(H, I, E, dtype=dtype), DenseFFN(H, dense_width, dtype)
+    batches = [routed(T, H, E, K, dtype, device) for _ in range(ROUTINGS)]
+    experts = Experts(H, I, E, dtype=dtype).to(device)
+    dense = DenseFFN(H, dense_width, dtype).to(device)
     modules: dict[str, nn.Module] = {MONGE: experts}
     for name in THEIRS:
         copied = T * K * 3 * H * I * dtype.itemsize
         if name != "batched_mm" or copied <= BATCHED_LIMIT:
             modules[name] = transformers_experts(experts, name)
-    grad_TH = torch.randn(T, H).to(dtype)
+    grad_TH = torch.randn(T, H).to(device, dtype)
 
     def call(function: Callable[[Tensor, Tensor, Tensor], Tensor], parameters: list[Tensor]) -> Callable:
         turns = cycle(batches)

@@ -44,6 +44,8 @@ class SpeedConfig:
     """Tokens of the prompt of a whole model."""
     decode: int = 64
     """Tokens that a whole model writes."""
+    device: str = "cpu"
+    """Where to compute: a torch device such as cpu or cuda."""
     threads: int = usable_cores()
     """Threads of the computation."""
     cpu_time: bool = False
@@ -53,6 +55,8 @@ class SpeedConfig:
         for name in ("dim", "hidden", "experts", "repeats", "prompt", "decode", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.cpu_time and self.device != "cpu":
+            raise ValueError(f"cpu_time counts the time of a thread, not that of device {self.device!r}")
         if wrong := [k for k in self.active if not 1 <= k <= self.experts]:
             raise ValueError(f"active must be in 1..{self.experts}, the number of experts; got {wrong}")
         for name, known in (("phases", PHASES), ("layers", TRAINING), ("dtypes", DTYPES)):

@@ -15,7 +15,7 @@ import torch
 from monge.moe.compute import choose_path
 from monge.speed.candidates import DENSE, candidates
 from monge.speed.config import DTYPES, PHASES, TRAINING, TRAINING_TOKENS, SpeedConfig
-from monge.speed.timing import interleave, peak_bytes
+from monge.speed.timing import clock_of, interleave, peak_bytes
 
 Case = dict[str, Any]
 """What a record is known by; the figures are added to it."""
@@ -43,7 +43,7 @@ def measure_experts(config: SpeedConfig, case: Case) -> Case:
         ``flops_of_dense``, the FLOP/s as a share of those of a dense FFN of K I neurons, and ``peak_bytes``
         of a step.
     """
-    clock = time.process_time if config.cpu_time else time.perf_counter
+    clock = time.process_time if config.cpu_time else clock_of(config.device)
     if case["kind"] == "inference":
         return case | _inference(config, case, clock)
     return case | _training(config, case, clock)
@@ -52,10 +52,10 @@ def measure_experts(config: SpeedConfig, case: Case) -> Case:
 def _inference(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> Case:
     H, I, E, K = config.dim, config.hidden, config.experts, case["active"]
     T, dtype = PHASES[case["phase"]], DTYPES[case["dtype"]]
-    runs = candidates(H, I, E, K, T, dtype, E * I, backward=False)
+    runs = candidates(H, I, E, K, T, dtype, E * I, config.device, backward=False)
     seconds = interleave(runs, repeats=config.repeats, clock=clock)
     return {
-        "path": choose_path(T * K, E, dtype, torch.device("cpu")),
+        "path": choose_path(T * K, E, dtype, torch.device(config.device)),
         "ms": _milliseconds(seconds),
         "times_dense": _ratios(seconds),
     }
@@ -63,8 +63,10 @@ def _inference(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> C
 
 def _training(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> Case:
     H, I, E, K = TRAINING[case["layer"]]
-    runs = candidates(H, I, E, K, TRAINING_TOKENS, DTYPES[case["dtype"]], K * I, backward=True)
-    peaks = {name: peak_bytes(run) for name, run in runs.items()}  # before any step has left memory behind
+    runs = candidates(H, I, E, K, TRAINING_TOKENS, DTYPES[case["dtype"]], K * I, config.device, backward=True)
+    peaks = {
+        name: peak_bytes(run, config.device) for name, run in runs.items()
+    }  # before any step has left memory behind
     seconds = interleave(runs, repeats=config.repeats, warmup=0.0, clock=clock)
     return {"ms": _milliseconds(seconds), "flops_of_dense": _ratios(seconds), "peak_bytes": peaks}
 

@@ -11,6 +11,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
 from monge.workspace import memory
 
 
@@ -54,10 +56,25 @@ def interleave(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most resident memory during ``call`` over that before it, in bytes (Linux; 0 elsewhere)."""
+def clock_of(device: str) -> Callable[[], float]:
+    """The time when all that was asked of the device so far is done, in seconds."""
+    if torch.device(device).type == "cpu":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most memory during ``call`` over that before it, in bytes.
+
+    Resident memory on the CPU (Linux; 0 elsewhere), allocated memory on an accelerator.
+    """
     gc.collect()
-    if not memory.reset_peak("cpu") or (before := memory.peak_bytes("cpu")) is None:
+    if not memory.reset_peak(device) or (before := memory.peak_bytes(device)) is None:
         return 0
     call()
-    return max(0, (memory.peak_bytes("cpu") or 0) - before)
+    return max(0, (memory.peak_bytes(device) or 0) - before)

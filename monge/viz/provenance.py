@@ -15,6 +15,7 @@ def origin(config: Mapping[str, Any]) -> list[str]:
     where = [str(machine["cpu"])] if machine.get("cpu") else []
     counts = {name: machine[f"{name}s"] for name in ("core", "thread") if f"{name}s" in machine}
     where += [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()]
+    where += [str(machine["accelerator"])] if "accelerator" in machine else []
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [
         page.paragraph(f"Machine: {', '.join(where)}." if where else ""),

@@ -20,9 +20,18 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
 
 
-def machine() -> dict[str, Any]:
-    """The processor's name, the cores this process may use and the threads it does use."""
-    return {"cpu": _cpu(), "cores": usable_cores(), "threads": torch.get_num_threads()}
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The processor, the cores this process may use, the threads it does use, and the accelerator."""
+    cpu = {"cpu": _cpu(), "cores": usable_cores(), "threads": torch.get_num_threads()}
+    return cpu | accelerator(device)
+
+
+def accelerator(device: str) -> dict[str, str]:
+    """The name of the accelerator that computes; nothing of the CPU."""
+    if torch.device(device).type == "cpu":
+        return {}
+    name = getattr(torch.get_device_module(device), "get_device_name", lambda _: device)
+    return {"accelerator": name(device)}
 
 
 def usable_cores() -> int:
@@ -30,6 +39,25 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch does not know it, or cannot use it here.
+
+    Examples:
+        >>> from monge.workspace.machine import usable_device
+        >>> usable_device("cpu")
+        device(type='cpu')
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}). Try device cpu.") from error
+    return torch.device(name)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def begin_run(out: Path, command: str, settings: Mapping[str, Any], **about: Any
         "command": command,
         "config": dict(settings),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(str(settings.get("device", "cpu"))),
         **about,
     }
     write_json(out / "config.json", described)

@@ -205,3 +205,18 @@ def test_compiles_whole():
     tokens = torch.tensor([[1, 2, 3, 4]])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_an_accelerator_the_model_equals_eager(family, dtype):
+    device = torch.accelerator.current_accelerator()
+    model = tiny(family, dtype).to(device)
+    tokens = torch.randint(1, 32, (2, 40), generator=torch.Generator().manual_seed(1)).to(device)
+    eager, ours = run(model, "eager", tokens), run(model, "monge", tokens)
+    assert [g is None for g in eager] == [g is None for g in ours]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for a, b in zip(ours, eager):
+        if b is not None and b.any():
+            assert (a - b).norm() <= tolerance * b.norm()

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from monge.speed import measure_experts
 from monge.speed.candidates import THEIRS, candidates
+from monge.speed.config import SpeedConfig
+from monge.speed.measuring import cases
 from monge.speed.timing import interleave, peak_bytes
 
 
@@ -35,3 +38,24 @@ def test_the_candidates_beside_the_dense_ffn_do_the_same_work(backward):
     for theirs in results.values():
         for a, b in zip(ours, theirs) if backward else [(ours, theirs)]:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_an_accelerator_is_timed_by_its_own_clock_and_memory():
+    pytest.importorskip("transformers")
+    device = torch.accelerator.current_accelerator().type
+    config = SpeedConfig(
+        dim=64, hidden=32, experts=8, active=(2,), phases=("decode", "prefill"), repeats=2, device=device,
+        layers=("MoE(512, 1024, 16, 2)",),
+    )  # fmt: skip
+    for case in cases(config):
+        row = measure_experts(config, case)
+        assert all(ms > 0 for ms in row["ms"].values())
+        if case["kind"] == "training":  # the gradients alone are as large as the weights
+            weights = 16 * 3 * 512 * 1024 * (4 if case["dtype"] == "float32" else 2)
+            assert row["peak_bytes"]["monge"] > weights
+
+
+def test_the_time_of_a_thread_is_not_that_of_an_accelerator():
+    with pytest.raises(ValueError, match="cpu_time"):
+        SpeedConfig(cpu_time=True, device="cuda")

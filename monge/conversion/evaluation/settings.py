@@ -48,6 +48,8 @@ class EvalConfig:
 
     batch: int = 2
     """Sequences in a forward."""
+    device: str = "cpu"
+    """Where both models compute: a torch device such as cpu or cuda."""
     threads: int = 2
     """Threads of the computation."""
 

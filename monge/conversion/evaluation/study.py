@@ -34,7 +34,7 @@ from monge.conversion.evaluation.tasks import check_tasks
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.opening import open_any
 from monge.conversion.source import Source
-from monge.workspace.machine import torch_threads
+from monge.workspace.machine import torch_threads, usable_device
 from monge.workspace.records import Records
 from monge.workspace.run import begin_run, check_digest, stored_run
 from monge.workspace.writing import prepare_folder, write_json
@@ -86,7 +86,9 @@ def evaluate(
     with torch_threads(config.threads):
         settings = {"model": str(model), "against": str(against), **asdict(config)}
         stored = stored_run(out, "eval", settings)
-        dense, converted = open_any(against), open_any(model, dtype=DTYPES[config.dtype])
+        device = usable_device(config.device)
+        dense = open_any(against, device=device)
+        converted = open_any(model, dtype=DTYPES[config.dtype], device=device)
         _check_pair(dense, converted, config)
         texts, files = read_texts(dense.tokenizer, config)
         prepare_folder(out, needed=BYTES_OF_RECORDS)
