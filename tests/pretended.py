@@ -58,6 +58,9 @@ class Operations(TorchDispatchMode):
         if self.checks and any(here) and name not in CROSSING:
             checked = zip(given, here, strict=True)
             strange = [t for t, on in checked if not on and t.dim() and not t.is_meta]
+            written = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+            if written[0] and not here[0]:
+                strange = given[:1]
             if name in INDEXING and given[0] in self.marks:
                 strange = []  # which torch takes from the CPU as well
             if strange:

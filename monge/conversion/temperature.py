@@ -25,7 +25,7 @@ def fit_scale(dense_TH: Tensor, converted_TH: Tensor, head: Head, chunk: int = 2
     ``argmin_s mean_t KL(softmax(head(dense_t)) || softmax(head(s converted_t)))`` over a grid; both are final
     hidden states, norm included.
     """
-    sums = torch.zeros(len(GRID), dtype=torch.float64)
+    sums = torch.zeros(len(GRID), dtype=torch.float64, device=dense_TH.device)
     for dense_tH, converted_tH in zip(dense_TH.split(chunk), converted_TH.split(chunk)):
         target_tV = head.logits(dense_tH).softmax(-1)
         logits_tV = head.logits(converted_tH)

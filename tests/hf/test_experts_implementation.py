@@ -57,7 +57,7 @@ def run(model, implementation: str, tokens):
     model.set_experts_implementation(implementation)
     assert model.config._experts_implementation == implementation
     logits = model(tokens).logits
-    grad = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    grad = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
     grads = torch.autograd.grad(logits, list(model.parameters()), grad, allow_unused=True)
     return [logits.detach(), *grads]
 
