@@ -34,8 +34,8 @@ def machine(device: str = "cpu") -> dict[str, object]:
     }
 
 
-def write_json(path: str | Path, rows: list[dict[str, object]]) -> None:
+def write_json(path: str | Path, rows: list[dict[str, object]], device: str = "cpu") -> None:
     """Write ``{"machine": ..., "rows": rows}`` to ``path``, creating its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")

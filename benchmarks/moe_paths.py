@@ -19,8 +19,8 @@ import torch
 from benchmarks.figures import write_json
 from monge.moe import Experts
 from monge.moe.compute import PATHS, choose_path
-from monge.speed.candidates import transformers_experts
-from monge.speed.timing import interleave
+from monge.speed.candidates import routed, transformers_experts
+from monge.speed.timing import clock_of, interleave
 
 TOKENS = (1, 8, 32, 512, 2048)
 SIZES = {  # name -> H, I, E, K
@@ -32,15 +32,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def candidates(
-    T: int, H: int, I: int, E: int, K: int, dtype: torch.dtype, *, backward: bool, transformers: bool
+    T: int,
+    H: int,
+    I: int,
+    E: int,
+    K: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    backward: bool,
+    transformers: bool,
 ) -> dict[str, Callable[[], object]]:
     """Every path, and transformers' two, as callables without arguments."""
     torch.manual_seed(0)
-    experts = Experts(H, I, E, dtype=dtype)
-    x_TH = torch.randn(T, H).to(dtype).requires_grad_(backward)
-    gates_TK, indices_TK = torch.randn(T, E).softmax(dim=1).topk(K, dim=1)
-    weights_TK = (gates_TK / gates_TK.sum(dim=1, keepdim=True)).requires_grad_(backward)
-    grad_TH = torch.randn(T, H).to(dtype)
+    experts = Experts(H, I, E, dtype=dtype).to(device)
+    x_TH, indices_TK, weights_TK = routed(T, H, E, K, dtype, device)
+    x_TH.requires_grad_(backward)
+    weights_TK.requires_grad_(backward)
+    grad_TH = torch.randn(T, H).to(device, dtype)
     modules: dict[str, torch.nn.Module] = {}
     for name in PATHS:
         modules[name] = copy.copy(experts)
@@ -72,9 +81,10 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--forward-only", action="store_true", help="inference alone")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: for a busy machine")
+    parser.add_argument("--device", default="cpu", help="where to compute (default cpu)")
     parser.add_argument("--no-transformers", action="store_true")
     args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    clock = time.process_time if args.cpu_time else clock_of(args.device)
     if args.cpu_time:
         torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
@@ -84,13 +94,21 @@ def main() -> None:
             for T in args.tokens:
                 for backward in (False,) if args.forward_only else (False, True):
                     runs = candidates(
-                        T, H, I, E, K, DTYPES[dtype], backward=backward, transformers=not args.no_transformers
+                        T,
+                        H,
+                        I,
+                        E,
+                        K,
+                        DTYPES[dtype],
+                        args.device,
+                        backward=backward,
+                        transformers=not args.no_transformers,
                     )
                     repeats = args.repeats * (1 if T > 16 else 5)
                     ms = {
                         name: 1000 * s for name, s in interleave(runs, repeats=repeats, clock=clock).items()
                     }
-                    auto = choose_path(T * K, E, DTYPES[dtype], torch.device("cpu"))
+                    auto = choose_path((T, K), (E, H, I), DTYPES[dtype], torch.device(args.device))
                     mode = "forward+backward" if backward else "forward"
                     rows.append({"size": size, "T": T, "dtype": dtype, "mode": mode, "auto": auto, "ms": ms})
                     relative = "  ".join(f"{name} {t / ms[auto]:.2f}" for name, t in ms.items())
@@ -98,7 +116,7 @@ def main() -> None:
                         f"{dtype:8} {size:19} T={T:<5} {mode:16} {ms[auto]:9.3f} ms | {relative}", flush=True
                     )
     if args.out:
-        write_json(args.out, rows)
+        write_json(args.out, rows, args.device)
 
 
 if __name__ == "__main__":

@@ -47,18 +47,17 @@ def sort_slots(indices_TK: Tensor, num_experts: int, *, padded: bool = False) ->
     if indices_TK.device.type == "cpu":
         return _sort_on_cpu(indices_TK, num_experts, padded)
     T, K = indices_TK.shape
-    counts_E = expert_loads(indices_TK, num_experts)
-    flat = indices_TK.flatten()
-    empty = flat < 0
-    # int16 keys sort several times faster than int64 ones
-    keys = torch.where(empty, num_experts, flat).to(torch.int16 if num_experts < 2**15 else torch.int64)
-    order = torch.argsort(keys, stable=True)
+    flat, device = indices_TK.flatten(), indices_TK.device
+    # short keys sort several times faster than int64 ones; unsigned, an empty slot's -1 comes last
+    short = torch.uint8 if num_experts < 2**8 else torch.int16 if num_experts < 2**15 else torch.int64
+    keys = flat.to(short) if short == torch.uint8 else flat.masked_fill(flat < 0, num_experts).to(short)
+    ascending, order = torch.sort(keys, stable=True)
+    starts_E1 = torch.searchsorted(ascending, torch.arange(num_experts + 1, dtype=short, device=device))
     rows = torch.empty_like(order)
-    rows[order] = torch.arange(T * K, device=order.device)
-    R = T * K if padded else int(counts_E.sum())
-    rows = torch.where(empty, R, rows)
+    rows[order] = torch.arange(T * K, device=device)
+    R = T * K if padded else int(starts_E1[-1])
+    rows = rows.masked_fill_(flat < 0, R)
     order_R = order[:R]
-    starts_E1 = F.pad(counts_E.cumsum(0), (1, 0))
     return Slots(starts_E1, order_R // max(K, 1), order_R, rows.view(T, K))
 
 

@@ -68,7 +68,7 @@ class Exchange:
         if not M:
             compute = "loop"  # which runs nothing; kernels want at least a row
         elif compute == "auto":
-            compute = choose_path(M, len(proj_in_EJH), rows_MH.dtype, rows_MH.device)
+            compute = choose_path((M, 1), proj_out_EHI.shape, rows_MH.dtype, rows_MH.device)
         dtype = sum_dtype(hidden_TH, weights_TK)
         ones_M1 = torch.ones_like(expert_M1, dtype=dtype)
         out_MH = PATHS[compute](rows_MH, expert_M1, ones_M1, proj_in_EJH, proj_out_EHI, activation, bias_EJ)

@@ -46,7 +46,7 @@ def apply_experts(
             hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, bias_EJ, compute
         )
     if compute == "auto":
-        compute = choose_path(indices_TK.numel(), proj_in_EJH.shape[0], hidden_TH.dtype, device)
+        compute = choose_path(indices_TK.shape, proj_out_EHI.shape, hidden_TH.dtype, device)
     return PATHS[compute](hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, bias_EJ)
 
 
@@ -71,9 +71,9 @@ class Experts(nn.Module):
     Memory: a forward that will be differentiated saves, of its activations,
     ``T H b + R J b + T K (8 + w)`` bytes: the hidden states, the pre-activations (J = 2I gated, I not), and
     the indices and gates. b and w are the bytes of an element of the hidden states and of the gates; R is the
-    number of filled slots, or T K where it is not read from the device (under torch.compile, `grouped_mm` on
-    an accelerator). The first term falls away when the input projection is frozen. Weights are not counted;
-    under autocast their casts, ``E H (J + I) b`` bytes, are saved as well.
+    number of filled slots, T K where it is not read from the device (under torch.compile, `grouped_mm` on an
+    accelerator), or E T (`masked`). The first term falls away when the input projection is frozen. Weights
+    are not counted; under autocast their casts, ``E H (J + I) b`` bytes, are saved as well.
     """
 
     down_proj: nn.Parameter

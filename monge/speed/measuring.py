@@ -55,7 +55,7 @@ def _inference(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> C
     runs = candidates(H, I, E, K, T, dtype, E * I, config.device, backward=False)
     seconds = interleave(runs, repeats=config.repeats, clock=clock)
     return {
-        "path": choose_path(T * K, E, dtype, torch.device(config.device)),
+        "path": choose_path((T, K), (E, H, I), dtype, torch.device(config.device)),
         "ms": _milliseconds(seconds),
         "times_dense": _ratios(seconds),
     }

@@ -183,13 +183,14 @@ def saved_bytes(function, args, params):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_saved_bytes_are_the_formula(path, dtype, frozen):
-    """T H b + N J b + T K (8 + w), without the first term when the input projection is frozen."""
+    """T H b + R J b + T K (8 + w), without the first term when the input projection is frozen."""
     T, K, E, H, hidden = 37, 3, 5, 16, 8
     x, indices, w, a, d, act = problem(T, K, E, H, hidden, dtype=dtype)
     a = a.detach().requires_grad_(not frozen)
     N, J = int((indices >= 0).sum()), 2 * hidden
     assert N < T * K
-    expected = N * J * x.itemsize + T * K * (8 + w.itemsize) + (0 if frozen else T * H * x.itemsize)
+    R = E * T if path == "masked" else N
+    expected = R * J * x.itemsize + T * K * (8 + w.itemsize) + (0 if frozen else T * H * x.itemsize)
     saved, _ = saved_bytes(PATHS[path], (x, indices, w, a, d, act), (a, d))
     assert saved == expected
 
@@ -217,3 +218,16 @@ def test_operator_is_registered_soundly(path):
     x, indices, w, a, d, act = problem(T=5, K=2, E=3, empty=0)
     operator = getattr(torch.ops.monge, f"experts_{path}").default
     torch.library.opcheck(operator, (x, indices, w, a, d, act, True, True), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATH_NAMES)
+def test_what_overflows_in_an_expert_that_is_not_chosen_does_no_harm(path):
+    x, indices, w, a, d, act = problem(T=6, K=2, E=4, empty=0, dtype=torch.float32)
+    indices[:] = torch.tensor([0, 2])
+    with torch.no_grad():
+        a[3] = 1e38
+    found = gradients(PATHS[path], (x, indices, w, a, d, act))
+    assert not (x @ a[3].T).isfinite().all()
+    assert all(value.isfinite().all() for value in found)
+    assert (found[3][3] == 0).all()
+    assert (found[4][3] == 0).all()

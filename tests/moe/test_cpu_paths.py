@@ -14,20 +14,22 @@ from monge.moe.compute import PATHS, choose_path, memory, precision
 from monge.ot.threads import on_torch_threads
 
 PATH_NAMES = list(PATHS)
+SHAPE = (16, 512, 1024)  # E, H, I
 
 
 def test_auto_is_a_fixed_table(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for units, rows in ((False, 48), (True, 4)):
         monkeypatch.setattr(precision, "_has_units", lambda dtype, units=units: units)
-        assert choose_path(16 * rows, 16, torch.bfloat16, cpu) == "gemv"
-        assert choose_path(16 * rows + 1, 16, torch.bfloat16, cpu) == "sorted"
+        assert choose_path((8 * rows, 2), SHAPE, torch.bfloat16, cpu) == "gemv"
+        assert choose_path((16 * rows + 1, 1), SHAPE, torch.bfloat16, cpu) == "sorted"
         for dtype in (torch.float32, torch.float64):
-            assert choose_path(16 * 48, 16, dtype, cpu) == "gemv"
-            assert choose_path(16 * 48 + 1, 16, dtype, cpu) == "sorted"
-    assert choose_path(1, 16, torch.float16, cpu) == "sorted"
-    assert choose_path(4096, 16, torch.bfloat16, cuda) == "grouped_mm"
-    assert choose_path(4096, 16, torch.float32, cuda) == "sorted"
+            assert choose_path((8 * 48, 2), SHAPE, dtype, cpu) == "gemv"
+            assert choose_path((16 * 48 + 1, 1), SHAPE, dtype, cpu) == "sorted"
+    assert choose_path((1, 1), SHAPE, torch.float16, cpu) == "sorted"
+    assert choose_path((2048, 2), SHAPE, torch.bfloat16, cuda) == "grouped_mm"
+    assert choose_path((2048, 2), SHAPE, torch.float32, cuda) == "sorted"
+    assert choose_path((512, 2), SHAPE, torch.float32, cuda) == "masked"
 
 
 @pytest.mark.parametrize("path", ["sorted", "gemv"])

@@ -7,11 +7,14 @@ in a file of its own, hand them to `differentiable`, and name it in `PATHS`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from monge.moe.compute.gemv import gemv
 from monge.moe.compute.grouped_mm import grouped
 from monge.moe.compute.loop import loop
+from monge.moe.compute.masked import masked
 from monge.moe.compute.operator import ComputePath
 from monge.moe.compute.precision import product_dtype
 from monge.moe.compute.sorted import sorted_by_expert
@@ -21,6 +24,7 @@ PATHS: dict[str, ComputePath] = {
     "sorted": sorted_by_expert,
     "gemv": gemv,
     "grouped_mm": grouped,
+    "masked": masked,
 }
 
 # CPU: rows per expert, on average, up to which `gemv` is at least as fast as `sorted`, from
@@ -30,8 +34,15 @@ FEW_ROWS_UNITS = (
     4  # bfloat16 with units for it: decoding alone, where reading the weights is all; not measured
 )
 
+# Accelerators: up to how many activations of all experts, T E I, and multiply-adds of a product with them,
+# T E I H, `masked` is the fastest, from `python -m benchmarks.moe_paths --device cuda`
+FEW_ACTIVATIONS = 2**24
+FEW_PRODUCTS = 2**34
 
-def choose_path(num_slots: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> str:
+
+def choose_path(
+    routing: Sequence[int], experts: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> str:
     """What `auto` stands for: a fixed table by shape, dtype and device.
 
     | device, dtype | rows per expert, T K / E | path |
@@ -39,19 +50,25 @@ def choose_path(num_slots: int, num_experts: int, dtype: torch.dtype, device: to
     | CPU: float32, float64, bfloat16 without units | up to 48 | `gemv` |
     | CPU: bfloat16 with units (AVX512-BF16, AMX) | up to 4 | `gemv` |
     | CPU, more rows or another dtype | any | `sorted` |
-    | CUDA, bfloat16: torch has a kernel | any | `grouped_mm` |
+    | accelerator, few tokens: T E I and T E I H below limits | any | `masked` |
+    | CUDA, bfloat16, more: torch has a kernel | any | `grouped_mm` |
     | other | any | `sorted` |
 
     Args:
-        num_slots: T K. num_experts: E.
+        routing: T, K.
+        experts: E, H, I.
     """
+    (T, K), (E, H, I) = routing, experts
+    slots, activations = T * K, T * E * I
     if device.type != "cpu":
+        if activations <= FEW_ACTIVATIONS and activations * H <= FEW_PRODUCTS:
+            return "masked"
         # nothing is read back from the device
         return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 else "sorted"
     few = FEW_ROWS.get(dtype, 0)
     if dtype == torch.bfloat16 and product_dtype(dtype, device) == dtype:
         few = FEW_ROWS_UNITS
-    return "gemv" if num_slots <= few * num_experts else "sorted"
+    return "gemv" if slots <= few * E else "sorted"
 
 
 __all__ = ["PATHS", "ComputePath", "choose_path"]

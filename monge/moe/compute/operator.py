@@ -54,7 +54,12 @@ def sum_dtype(hidden: Tensor, weights: Tensor) -> torch.dtype:
 
 
 def differentiable(
-    name: str, forward: Callable[..., Any], backward: Callable[..., Any], *, reads_sizes: bool = True
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    reads_sizes: bool = True,
+    rows: Callable[[int, int, int], int] = lambda T, K, E: T * K,
 ) -> ComputePath:
     """Register ``monge::experts_<name>`` and return it as a `ComputePath`.
 
@@ -65,6 +70,7 @@ def differentiable(
             proj_out and bias, empty tensors where ``needs`` is False. hidden is None if proj_in needs no
             gradient.
         reads_sizes: False for a path that reads no size from an accelerator: it is padded there.
+        rows: of T, K, E, those of the pre-activations where they are padded.
     """
     forward, backward = _outside_autocast(forward), _outside_autocast(backward)
     forward_op = torch.library.custom_op(
@@ -76,8 +82,9 @@ def differentiable(
 
     @forward_op.register_fake
     def _(hidden, indices, weights, proj_in, proj_out, activation, keep, padded, bias=None):  # type: ignore[no-untyped-def]
-        rows = indices.numel() if keep else 0
-        return torch.empty_like(hidden), hidden.new_empty((rows, proj_in.shape[1]))
+        T, K = indices.shape
+        kept = rows(T, K, proj_in.shape[0]) if keep else 0
+        return torch.empty_like(hidden), hidden.new_empty((kept, proj_in.shape[1]))
 
     @backward_op.register_fake
     def _(grad, hidden, indices, weights, proj_in, proj_out, pre, activation, needs):  # type: ignore[no-untyped-def]
@@ -113,9 +120,10 @@ def differentiable(
     ) -> Tensor:
         floats = (hidden_TH, weights_TK, proj_in_EJH, proj_out_EHI, bias_EJ)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-        padded = torch.compiler.is_compiling() or (not reads_sizes and hidden_TH.device.type != "cpu")
+        traced = torch.compiler.is_compiling()
+        padded = traced or (not reads_sizes and hidden_TH.device.type != "cpu")
         # where nobody records what is computed, the operator would only take time
-        run = forward_op if keep or padded or _is_watched(hidden_TH, indices_TK, *floats[1:]) else forward
+        run = forward_op if keep or traced or _is_watched(hidden_TH, indices_TK, *floats[1:]) else forward
         return run(
             hidden_TH, indices_TK, weights_TK, proj_in_EJH, proj_out_EHI, activation, keep, padded, bias_EJ
         )[0]
