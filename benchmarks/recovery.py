@@ -188,7 +188,8 @@ def show(figures: Path) -> None:
             ratios = [_spread([f[text]["ratio"] for f in found if text in f]) for text in texts]
             kl = _spread([f[SPEECHES]["kl"] for f in found])
             agreement = _spread([f[SPEECHES]["agreement"] for f in found])
-            minutes = _spread([f["cpu_minutes"] for f in found if "cpu_minutes" in f], digits=1)
+            on_cpu = [f for f in found if "cpu_minutes" in f and "accelerator" not in f["machine"]]
+            minutes = _spread([f["cpu_minutes"] for f in on_cpu], digits=1)
             table.add_row(method, stage, str(len(found)), *ratios, kl, agreement, minutes)
         console.print(table)
 
