@@ -45,7 +45,7 @@ class MoE(nn.Module):
         bias: a bias of every expert's input projection, the shared one's too, and one of the output, (H,),
             which is added once to every valid token, whatever its experts and gates.
         capacity_factor: None (dropless) or cf > 0.
-        compute: "auto", "loop", "sorted", "gemv" or "grouped_mm": equal results, different speed.
+        compute: "auto", "loop", "sorted", "gemv", "grouped_mm" or "masked": equal results, different speed.
         device: of the weights.
         dtype: of the weights; the state of the router stays float32.
 

@@ -72,10 +72,14 @@ def no_waiting():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA tells who waits for it")
-@pytest.mark.parametrize("case", sorted(CASES.keys() - BATCH))
-def test_the_host_does_not_wait_for_the_device(case):
+@pytest.mark.parametrize(
+    ("case", "compute"),
+    [(case, "masked") for case in sorted(CASES.keys() - BATCH)] + [("topk", "grouped_mm"), ("topk", "auto")],
+)
+def test_the_host_does_not_wait_for_the_device(case, compute):
     """A step of training in bfloat16: all is queued, forward and backward, and nothing is read back."""
     layer = layer_of(case).to("cuda", torch.bfloat16)
+    layer.experts.compute = compute
     x = torch.randn(256, D, device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(50, (256,), device="cuda")
     step = lambda: layer(x, token_ids=ids).float().square().mean().backward()  # noqa: E731
