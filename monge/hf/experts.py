@@ -118,7 +118,8 @@ def _activation_of(experts: Any) -> str:
 
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls in place of the experts' forward; ``self`` are its experts."""
-    if self._is_expert_parallel:  # experts of other ranks are numbered E: they are empty slots here
+    # experts of other ranks are numbered E: empty slots here. Older experts do not say if there are any
+    if getattr(self, "_is_expert_parallel", True):
         away = top_k_index >= self.num_experts
         top_k_index, top_k_weights = top_k_index.masked_fill(away, -1), top_k_weights.masked_fill(away, 0)
     proj_in = self.gate_up_proj if self.has_gate else self.up_proj

@@ -26,9 +26,18 @@ def test_auto_is_a_fixed_table(monkeypatch):
         for dtype in (torch.float32, torch.float64):
             assert choose_path((8 * 48, 2), SHAPE, dtype, cpu) == "gemv"
             assert choose_path((16 * 48 + 1, 1), SHAPE, dtype, cpu) == "sorted"
+    for experts, rows in (
+        ((16, 576, 48), 113),
+        ((16, 2048, 128), 48),
+        ((16, 64, 8), 128),
+        ((16, 576, 256), 48),
+    ):
+        assert choose_path((16 * rows, 1), experts, torch.float32, cpu) == "gemv"
+        assert choose_path((16 * rows + 1, 1), experts, torch.float32, cpu) == "sorted"
     assert choose_path((1, 1), SHAPE, torch.float16, cpu) == "sorted"
     assert choose_path((2048, 2), SHAPE, torch.bfloat16, cuda) == "grouped_mm"
-    assert choose_path((2048, 2), SHAPE, torch.float32, cuda) == "sorted"
+    assert choose_path((2048, 2), SHAPE, torch.float32, cuda) == "grouped_mm"
+    assert choose_path((2048, 2), SHAPE, torch.float32, torch.device("xpu")) == "sorted"
     assert choose_path((512, 2), SHAPE, torch.float32, cuda) == "masked"
 
 

@@ -33,11 +33,13 @@ FEW_ROWS = {torch.float32: 48, torch.bfloat16: 48, torch.float64: 48}
 FEW_ROWS_UNITS = (
     4  # bfloat16 with units for it: decoding alone, where reading the weights is all; not measured
 )
+# Experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at most 128.
+SMALL, SMALL_ROWS, SMALL_INPUTS = 128, 128, 2**16
 
 # Accelerators: up to how many activations of all experts, T E I, and multiply-adds of a product with them,
 # T E I H, `masked` is the fastest, from `python -m benchmarks.moe_paths --device cuda`
 FEW_ACTIVATIONS = 2**24
-FEW_PRODUCTS = 2**34
+FEW_PRODUCTS = 2**35
 
 
 def choose_path(
@@ -48,11 +50,12 @@ def choose_path(
     | device, dtype | rows per expert, T K / E | path |
     |---|---|---|
     | CPU: float32, float64, bfloat16 without units | up to 48 | `gemv` |
+    | CPU: float32, float64, experts of up to 128 neurons | up to 48, or min(128, 2^16 / H) | `gemv` |
     | CPU: bfloat16 with units (AVX512-BF16, AMX) | up to 4 | `gemv` |
     | CPU, more rows or another dtype | any | `sorted` |
-    | accelerator, few tokens: T E I and T E I H below limits | any | `masked` |
-    | CUDA, bfloat16, more: torch has a kernel | any | `grouped_mm` |
-    | other | any | `sorted` |
+    | accelerator: T E I up to 2^24, T E I H up to 2^35 | any | `masked` |
+    | CUDA, more | any | `grouped_mm` |
+    | another accelerator, more | any | `sorted` |
 
     Args:
         routing: T, K.
@@ -63,9 +66,10 @@ def choose_path(
     if device.type != "cpu":
         if activations <= FEW_ACTIVATIONS and activations * H <= FEW_PRODUCTS:
             return "masked"
-        # nothing is read back from the device
-        return "grouped_mm" if device.type == "cuda" and dtype == torch.bfloat16 else "sorted"
+        return "grouped_mm" if device.type == "cuda" else "sorted"
     few = FEW_ROWS.get(dtype, 0)
+    if dtype in (torch.float32, torch.float64) and I <= SMALL:
+        few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
     if dtype == torch.bfloat16 and product_dtype(dtype, device) == dtype:
         few = FEW_ROWS_UNITS
     return "gemv" if slots <= few * E else "sorted"
