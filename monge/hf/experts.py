@@ -85,7 +85,7 @@ def _moe_of_transformers() -> Any:
     try:
         from transformers.integrations import moe
     except ImportError as error:
-        raise ImportError("monge.hf needs transformers 5 or newer: pip install 'monge[hf]'") from error
+        raise ImportError("monge.hf needs transformers 5.21 or newer: pip install 'monge[hf]'") from error
     return moe
 
 

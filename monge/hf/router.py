@@ -23,6 +23,7 @@ from monge.routing import make_router
 
 Model = TypeVar("Model", bound=nn.Module)
 HOOKS = "_monge_hooks"
+OLDEST = (5, 21)  # of transformers
 
 
 def use_router(model: Model, name: str, *, seed: int = 0, resume: bool = True, **options: Any) -> Model:
@@ -59,6 +60,7 @@ def use_router(model: Model, name: str, *, seed: int = 0, resume: bool = True, *
 
     Raises:
         ValueError: no MoE layer, or one of an unknown architecture; an unknown router or option.
+        ImportError: transformers is older than 5.21, where routers return other things.
 
     Examples:
         >>> import torch, monge
@@ -134,7 +136,20 @@ def _known_blocks(model: nn.Module) -> list[SparseBlock]:
                 f"{block.name} routes by {_original(block.router)}, whose gate use_router does not know. It "
                 f"knows {known}"
             )
+    _check_version()
     return blocks
+
+
+def _check_version() -> None:
+    """Before transformers 5.21 Granite's router returned its indices first and its logits last."""
+    import transformers
+
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    if (major, minor) < OLDEST:
+        raise ImportError(
+            f"use_router needs transformers {'.'.join(map(str, OLDEST))} or newer, not "
+            f"{transformers.__version__}: pip install -U 'monge[hf]'"
+        )
 
 
 def _original(gate: nn.Module) -> str:

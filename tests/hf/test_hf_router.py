@@ -273,3 +273,20 @@ def test_compiled_without_graph_breaks_in_the_router():
     compiled = torch.compile(gate, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(gate(hidden), compiled(hidden)):
         assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.20.3"])
+def test_routers_of_an_older_transformers_are_refused(version, monkeypatch):
+    """Granite's returned indices first and logits last until 5.21."""
+    model = tiny("GraniteMoe")
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(ImportError, match=rf"needs transformers 5.21 or newer, not {version}: pip install"):
+        monge.hf.use_router(model, "prices")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("version", ["5.21.0", "5.22.0.dev0", "6.0.0"])
+def test_routers_of_a_newer_transformers_are_taken(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    monge.hf.use_router(tiny("GraniteMoe"), "prices")
