@@ -23,6 +23,7 @@ CHANGES = {
     "low rank": {"minutes": 1e-4, "trainable": "low_rank", "rank": 4},
     "fine-tuned": {"minutes": 1e-4},
 }
+FAST = ("ot_lloyd", "gradient", "static", "dot from ot_lloyd", "fine-tuned")
 
 
 @pytest.fixture
@@ -38,7 +39,13 @@ def logits(model, device):
         return model(ids.to(device)).logits.cpu()
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, id=name, marks=() if name in FAST else pytest.mark.slow)
+        for name, change in CHANGES.items()
+    ],
+)
 def test_on_a_pretended_device_nothing_meets_the_cpu(tiny_folder, config, tmp_path, change):
     folder, config = tiny_folder("llama"), replace(config, **change)
     expected = convert(folder, config, out=tmp_path / "cpu")
