@@ -99,8 +99,6 @@ class Places(TorchFunctionMode):
                 return _engine_run_backward(
                     args, (gradient,), keep, False, (), allow_unreachable=True, accumulate_grad=True
                 )
-        if func is Tensor.untyped_storage:
-            return func(*args)
         if name in OFF_DEVICE and args[0] in self.marks:
             raise TypeError(f"{name} of a tensor on {DEVICE}: copy it to the CPU first")
         if func is Tensor.cpu:
@@ -123,8 +121,7 @@ class Places(TorchFunctionMode):
         return DEVICE if tensor in self.marks else torch.device("cpu")
 
     def _moved(self, func, args, kwargs, place: torch.device) -> Tensor:
-        there = (torch.device, str)
-        args, kwargs = tree_map_only(there, lambda d: d if d == "cpu" else "cpu", (args, kwargs))
+        args, kwargs = tree_map_only((torch.device, str), lambda _: "cpu", (args, kwargs))
         result = func(*args, **kwargs)
         if self._place(args[0]).type == place.type:
             if place.type == DEVICE.type:

@@ -175,9 +175,8 @@ def test_a_lost_process_ends_the_job_and_leaves_the_last_checkpoint(how, tmp_pat
             job.kill()
         stderr.seek(0)
         said = stderr.read()
-    told = "another process died, or was silent" in said and "goes on from there" in said
-    # torchrun, which sees a death itself, may end the other before it has anything to say
-    assert told or (how == signal.SIGKILL and "Signal 9 (SIGKILL)" in said)
+    assert "another process died, or was silent" in said
+    assert "goes on from there" in said
     # Within the timeout, and the 30 seconds that torchrun gives a process that does not listen.
     assert took < timeout_s + 60
     saved = [int(step) for step in re.findall(r"^step (\d+)", seen + rest, re.MULTILINE)][-1]

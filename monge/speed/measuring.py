@@ -64,9 +64,8 @@ def _inference(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> C
 def _training(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> Case:
     H, I, E, K = TRAINING[case["layer"]]
     runs = candidates(H, I, E, K, TRAINING_TOKENS, DTYPES[case["dtype"]], K * I, config.device, backward=True)
-    peaks = {
-        name: peak_bytes(run, config.device) for name, run in runs.items()
-    }  # before any step has left memory behind
+    # before any step has left memory behind
+    peaks = {name: peak_bytes(run, config.device) for name, run in runs.items()}
     seconds = interleave(runs, repeats=config.repeats, warmup=0.0, clock=clock)
     return {"ms": _milliseconds(seconds), "flops_of_dense": _ratios(seconds), "peak_bytes": peaks}
 

@@ -84,9 +84,10 @@ def test_one_expert_more_than_all_but_one_is_the_dense_model(tiny_model, tiny_in
     dense = tiny_model("llama")
     shape = {"groups": 6, "active": 5, "shared": 2, "equal_gates": True}
     converted = convert_by_hand(copy.deepcopy(dense), tiny_inputs(dense), **shape)
+    for block in find_blocks(converted):  # others round otherwise, which the float32 KL tells as up to 1e-8
+        block.experts.compute = "sorted"
     assert compare_models(dense, converted, chunks_NL).kl > 1e-3
-    # log-probabilities of about 6 in float32 differ by their rounding, 5e-7, which mostly cancels
-    assert compare_models(dense, converted, chunks_NL, k_offset=1).kl < 1e-7
+    assert compare_models(dense, converted, chunks_NL, k_offset=1).kl < 1e-9
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1, 2])

@@ -257,7 +257,10 @@ def test_a_router_of_ones_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compute": "fast"}, "compute must be auto or one of loop, sorted, gemv, .*masked; got 'fast'"),
+        (
+            {"compute": "fast"},
+            "compute must be auto or one of loop, sorted, gemv, grouped_mm, masked; got 'fast'",
+        ),
         ({"activation": "tanh"}, "activation must be one of swiglu, geglu, .*; got 'tanh'"),
         ({"capacity_factor": 0.0}, "capacity_factor .* got 0.0"),
         ({"capacity_factor": float("nan")}, "capacity_factor .* got nan"),
