@@ -8,7 +8,7 @@ import pytest
 import torch
 from path_cases import assert_same, formula, gradients, problem
 
-from monge.moe import activations
+from monge.moe import activations, compute
 from monge.moe.activations import ACTIVATIONS
 from monge.moe.compute import PATHS, choose_path, memory, precision
 from monge.ot.threads import on_torch_threads
@@ -19,21 +19,26 @@ SHAPE = (16, 512, 1024)  # E, H, I
 
 def test_auto_is_a_fixed_table(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for units, rows in ((False, 48), (True, 4)):
-        monkeypatch.setattr(precision, "_has_units", lambda dtype, units=units: units)
+    for tiles, rows in ((False, 48), (True, 4)):
+        monkeypatch.setattr(precision, "has_tiles", lambda tiles=tiles: tiles)
         assert choose_path((8 * rows, 2), SHAPE, torch.bfloat16, cpu) == "gemv"
         assert choose_path((16 * rows + 1, 1), SHAPE, torch.bfloat16, cpu) == "sorted"
         for dtype in (torch.float32, torch.float64):
             assert choose_path((8 * 48, 2), SHAPE, dtype, cpu) == "gemv"
             assert choose_path((16 * 48 + 1, 1), SHAPE, dtype, cpu) == "sorted"
-    for experts, rows in (
-        ((16, 576, 48), 113),
-        ((16, 2048, 128), 48),
-        ((16, 64, 8), 128),
-        ((16, 576, 256), 48),
-    ):
-        assert choose_path((16 * rows, 1), experts, torch.float32, cpu) == "gemv"
-        assert choose_path((16 * rows + 1, 1), experts, torch.float32, cpu) == "sorted"
+    monkeypatch.setattr(precision, "has_tiles", lambda: False)
+    small = {(16, 576, 48): 113, (16, 2048, 128): 48, (16, 64, 8): 128}
+    for registers, products in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(compute, "MANY_REGISTERS", registers)
+        monkeypatch.setattr(compute, "MULTIPLIES_BFLOAT16", products)
+        for experts, rows in (*small.items(), ((16, 576, 256), 48)):
+            last = {
+                torch.float32: 256 if registers and experts in small else rows,
+                torch.bfloat16: 256 if products and experts in small else 48,
+            }
+            for dtype, rows in last.items():
+                assert choose_path((16 * rows, 1), experts, dtype, cpu) == "gemv"
+                assert choose_path((16 * rows + 1, 1), experts, dtype, cpu) == "sorted"
     assert choose_path((1, 1), SHAPE, torch.float16, cpu) == "sorted"
     assert choose_path((2048, 2), SHAPE, torch.bfloat16, cuda) == "grouped_mm"
     assert choose_path((2048, 2), SHAPE, torch.float32, cuda) == "grouped_mm"
@@ -178,7 +183,9 @@ def test_experts_are_spread_over_threads(threads, dtype, monkeypatch):
     busy = torch.stack((torch.zeros(T, dtype=torch.int64), 1 + torch.arange(T) % (E - 1)), dim=1)
     out = PATHS["sorted"](x, busy, w, a, d, act)
     exact = formula(x.double(), busy, w.double(), a.double(), d.double(), act)
-    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-2)
+    if precision.product_dtype(dtype, out.device) != dtype or dtype == torch.float64:
+        torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-2)
+    assert (out.double() - exact).norm() <= 5e-3 * exact.norm()  # where products are bfloat16, some cancel
     assert spread == 4 * [threads] + [2] * (threads == 2)  # half of all rows: the share of one of two threads
 
 

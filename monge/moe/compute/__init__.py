@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
+from monge.moe.compute import precision
+from monge.moe.compute.dot_kernels import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 from monge.moe.compute.gemv import gemv
 from monge.moe.compute.grouped_mm import grouped
 from monge.moe.compute.loop import loop
 from monge.moe.compute.masked import masked
 from monge.moe.compute.operator import ComputePath
-from monge.moe.compute.precision import product_dtype
 from monge.moe.compute.sorted import sorted_by_expert
 
 PATHS: dict[str, ComputePath] = {
@@ -28,13 +29,12 @@ PATHS: dict[str, ComputePath] = {
 }
 
 # CPU: rows per expert, on average, up to which `gemv` is at least as fast as `sorted`, from
-# `python -m benchmarks.moe_paths --cpu-time`: 0.4 to 0.8 of its time below, 0.8 to 1.1 at 64 rows.
+# `python -m benchmarks.moe_paths`: 0.4 to 0.8 of its time below, 0.7 to 1.1 at 64 rows.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 48, torch.float64: 48}
-FEW_ROWS_UNITS = (
-    4  # bfloat16 with units for it: decoding alone, where reading the weights is all; not measured
-)
-# Experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at most 128.
-SMALL, SMALL_ROWS, SMALL_INPUTS = 128, 128, 2**16
+FEW_ROWS_TILES = 4  # bfloat16 with AMX: decoding alone, where reading the weights is all; not measured
+# Experts so small that Python around their products is most of `sorted`: with the 32 vector registers of
+# AVX-512 up to 256 rows (bfloat16: with AVX512-BF16), else up to 2^16 / H, at most 128 (bfloat16: 48).
+SMALL, SMALL_ROWS, SMALL_ROWS_AVX512, SMALL_INPUTS = 128, 128, 256, 2**16
 
 # Accelerators: up to how many activations of all experts, T E I, and multiply-adds of a product with them,
 # T E I H, `masked` is the fastest, from `python -m benchmarks.moe_paths --device cuda`
@@ -49,9 +49,10 @@ def choose_path(
 
     | device, dtype | rows per expert, T K / E | path |
     |---|---|---|
-    | CPU: float32, float64, bfloat16 without units | up to 48 | `gemv` |
-    | CPU: float32, float64, experts of up to 128 neurons | up to 48, or min(128, 2^16 / H) | `gemv` |
-    | CPU: bfloat16 with units (AVX512-BF16, AMX) | up to 4 | `gemv` |
+    | CPU: float32, float64, bfloat16 | up to 48 | `gemv` |
+    | CPU: experts of up to 128 neurons, float32, float64 | up to 48, or min(128, 2^16 / H) | `gemv` |
+    | the same with AVX-512, bfloat16 with AVX512-BF16 | up to 256 | `gemv` |
+    | CPU: bfloat16 with AMX | up to 4 | `gemv` |
     | CPU, more rows or another dtype | any | `sorted` |
     | accelerator: T E I up to 2^24, T E I H up to 2^35 | any | `masked` |
     | CUDA, more | any | `grouped_mm` |
@@ -68,10 +69,14 @@ def choose_path(
             return "masked"
         return "grouped_mm" if device.type == "cuda" else "sorted"
     few = FEW_ROWS.get(dtype, 0)
-    if dtype in (torch.float32, torch.float64) and I <= SMALL:
-        few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
-    if dtype == torch.bfloat16 and product_dtype(dtype, device) == dtype:
-        few = FEW_ROWS_UNITS
+    if few and I <= SMALL:
+        narrow = dtype == torch.bfloat16
+        if MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS:
+            few = SMALL_ROWS_AVX512
+        elif not narrow:
+            few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
+    if dtype == torch.bfloat16 and precision.has_tiles():
+        few = FEW_ROWS_TILES
     return "gemv" if slots <= few * E else "sorted"
 
 

@@ -5,8 +5,9 @@ Where an expert has one row or a few, its products are bound by reading its weig
 there is as little Python as can be: between two layers of a large model other weights fill the caches, and
 what takes microseconds in a loop takes tenths of a millisecond there (docs/performance.md).
 
-Sums are float32 (float64 for float64), bfloat16 weights are widened on the way. The backward is that of
-`sorted`; so is the forward on an accelerator, in float16, and for weights that are not contiguous.
+Sums are float32 (float64 for float64). Bfloat16 is widened on the way, or multiplied as it is by processors
+with an instruction for that; there the activations are rounded to it, as by every other path. The backward is
+that of `sorted`; so is the forward on an accelerator, in float16, and for weights that are not contiguous.
 
 Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) or I, N filled slots, R rows:
 operator.py
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from monge.moe.compute import gemv_kernels as kernels
 from monge.moe.compute import sorted as by_expert
+from monge.moe.compute.dot_kernels import MULTIPLIES_BFLOAT16
 from monge.moe.compute.operator import differentiable, sum_dtype
+from monge.moe.compute.precision import product_dtype
 from monge.moe.cpu_kernels import sort_by_expert
 from monge.ot.threads import on_threads
 
@@ -34,6 +37,12 @@ NAP = 2e-5  # seconds
 def _takes(*weights: Tensor) -> bool:
     """Whether the compiled loops run on these weights."""
     return all(w.device.type == "cpu" and w.dtype in _DTYPES and w.is_contiguous() for w in weights)
+
+
+def _narrow(*tensors: Tensor) -> bool:
+    """Whether bfloat16 is multiplied as it is."""
+    dtypes, cpu = {x.dtype for x in tensors}, tensors[0].device
+    return MULTIPLIES_BFLOAT16 and dtypes == {torch.bfloat16} == {product_dtype(torch.bfloat16, cpu)}
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -62,12 +71,15 @@ def _forward(
         )
     out_dtype = sum_dtype(hidden_TH, weights_TK)
     E, J, H = proj_in_EJH.shape
-    x = _array(hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32)).contiguous())
+    wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+    x = _array(
+        hidden_TH.to(torch.bfloat16 if _narrow(hidden_TH, proj_in_EJH, proj_out_EHI) else wide).contiguous()
+    )
     gates = _array(weights_TK.to(out_dtype)).reshape(-1)
     proj_in, proj_out = _array(proj_in_EJH), _array(proj_out_EHI)
     bias = np.empty((0, 0), proj_in.dtype) if bias_EJ is None else _array(bias_EJ)
     starts, tokens, order, _ = sort_by_expert(indices_TK.numpy(), E, padded)
-    pre = np.empty((len(tokens), J), x.dtype)
+    pre = np.empty((len(tokens), J), np.float64 if wide == torch.float64 else np.float32)
     act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)
     out = np.empty(x.shape, gates.dtype)
     counters, function = np.zeros(kernels.COUNTERS, np.int64), kernels.FUNCTIONS[activation]

@@ -1,11 +1,8 @@
 """Compiled experts for few rows each, where a product is bound by reading the weights once.
 
 Both projections keep transformers' layout, whose rows are contiguous over the summed dimension, so every
-output is a dot product of two contiguous vectors and no weight is copied. Two rows of hidden states meet four
-of the weights: eight sums, the most that stay in registers beside their factors. The four lie a quarter of
-the item's rows apart, so that the memory delivers four long streams. One stream at a time is a quarter
-slower, and four neighbouring rows, which change place at every row, up to a half (docs/performance.md).
-Bfloat16 weights are read as uint16 and widened on the way.
+output is a dot product of two contiguous vectors (dot_kernels.py) and no weight is copied. Bfloat16 weights
+are read as uint16, their bits, and so are hidden states and activations where the processor multiplies them.
 
 The work is cut into items, which threads claim one by one: who wakes late does less, and nobody waits for a
 thread that has not begun. Every output is written in one item and sums run in a fixed order: results do not
@@ -26,10 +23,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from monge.moe.compute.dot_kernels import multiply_rows
 from monge.moe.cpu_kernels import compiled
 
 NEURONS, FEATURES = 64, 128
 """Rows of the input and of the output projection in an item."""
+ROWS = 64
+"""Of an expert that meet one item's weights at a time, so that both stay in the cache."""
 SPINS = 20_000
 """Looks at what the other threads have done, some 0.2 ms, before the caller should sleep."""
 CLAIMED_IN, DONE_IN, CLAIMED_OUT, DONE_OUT = 0, 8, 16, 24
@@ -59,6 +59,25 @@ def _(x):  # type: ignore[no-untyped-def]
     return lambda x: x
 
 
+def _write(values_X: Any, place: int, value: Any) -> None:
+    """In compiled code: ``values[place] = value``, rounded to bfloat16 where those are uint16, its bits."""
+    values_X[place] = value
+
+
+@overload(_write, inline="always")
+def _(values_X, place, value):  # type: ignore[no-untyped-def]
+    def write(values_X, place, value):  # type: ignore[no-untyped-def]
+        values_X[place] = value
+
+    def write_rounded(values_X, place, value):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        even = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        values_X[place] = np.uint16(rounded) if value == value else np.uint16(0x7FC0)  # NaN stays
+
+    return write_rounded if isinstance(values_X.dtype, types.Integer) else write
+
+
 def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
     """``counters[index] += value`` as one step for all threads; returns what was there before."""
 
@@ -85,7 +104,7 @@ def run_experts(
 
     Args:
         bias_EJ: (E, J) or (0, 0) for none. function: of `FUNCTIONS`.
-        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold.
+        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold; act has the dtype of x.
         counters: int64, `COUNTERS` zeros.
     """
     E, H, I = proj_out_EHI.shape
@@ -127,54 +146,11 @@ def _reaches(counters, index, items):
 
 
 @compiled
-def _dot_2x4(x_nX, r, s, w0_X, w1_X, w2_X, w3_X):
-    """The products of the rows r and s of ``x`` with four rows of weights."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = x_nX.dtype.type(0)
-    for i in range(w0_X.shape[0]):
-        x, y = x_nX[r, i], x_nX[s, i]
-        w = _wide(w0_X[i])
-        a0 += w * x
-        b0 += w * y
-        w = _wide(w1_X[i])
-        a1 += w * x
-        b1 += w * y
-        w = _wide(w2_X[i])
-        a2 += w * x
-        b2 += w * y
-        w = _wide(w3_X[i])
-        a3 += w * x
-        b3 += w * y
-    return a0, a1, a2, a3, b0, b1, b2, b3
-
-
-@compiled
-def _dot_1x4(x_nX, r, w0_X, w1_X, w2_X, w3_X):
-    """The products of the row r of ``x`` with four rows of weights."""
-    a0 = a1 = a2 = a3 = x_nX.dtype.type(0)
-    for i in range(w0_X.shape[0]):
-        x = x_nX[r, i]
-        a0 += _wide(w0_X[i]) * x
-        a1 += _wide(w1_X[i]) * x
-        a2 += _wide(w2_X[i]) * x
-        a3 += _wide(w3_X[i]) * x
-    return a0, a1, a2, a3
-
-
-@compiled
 def _project_in(x_TH, tokens_R, begin, end, weights_JH, first, last, pre_RJ):
     """``pre[n, j] = <weights[j], x[tokens[n]]>`` for j in first..last-1 and n in begin..end-1."""
-    quarter = (last - first + 3) // 4
-    pairs = end - (end - begin) % 2
-    for j in range(first, first + quarter):
-        j1, j2, j3 = _streams(j, quarter, last)
-        w0, w1, w2, w3 = weights_JH[j], weights_JH[j1], weights_JH[j2], weights_JH[j3]
-        for n in range(begin, pairs, 2):
-            a, b = pre_RJ[n], pre_RJ[n + 1]
-            sums = _dot_2x4(x_TH, tokens_R[n], tokens_R[n + 1], w0, w1, w2, w3)
-            a[j], a[j1], a[j2], a[j3], b[j], b[j1], b[j2], b[j3] = sums
-        for n in range(pairs, end):
-            a = pre_RJ[n]
-            a[j], a[j1], a[j2], a[j3] = _dot_1x4(x_TH, tokens_R[n], w0, w1, w2, w3)
+    for n in range(begin, end, ROWS):
+        rows = slice(n, min(n + ROWS, end))
+        multiply_rows(x_TH, tokens_R[rows], weights_JH[first:last], pre_RJ[rows, first:last])
 
 
 @compiled
@@ -190,10 +166,8 @@ def _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI):
                 if gated:
                     pre_J[I + i] += _wide(bias_EJ[e, I + i])
         for i in range(first, last):
-            act_I[i] = _apply(function, pre_J[i])
-        if gated:
-            for i in range(first, last):
-                act_I[i] *= pre_J[I + i]
+            up = pre_J[I + i] if gated else pre_J.dtype.type(1)
+            _write(act_I, i, _apply(function, pre_J[i]) * up)
 
 
 @compiled
@@ -211,37 +185,16 @@ def _apply(function, x):
 def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, first, last, out_TH):
     """``out[t, h] = sum_n gates[order[n]] <weights[e, h], act[n]>`` for h in first..last-1, e ascending."""
     out_TH[:, first:last] = 0
-    quarter = (last - first + 3) // 4
+    rows_n, values_nH = np.arange(ROWS), np.empty((ROWS, last - first), out_TH.dtype)
     for e in range(weights_EHI.shape[0]):
-        begin, end = starts_E1[e], starts_E1[e + 1]
-        if begin == end:
-            continue
-        pairs = end - (end - begin) % 2
-        for h in range(first, first + quarter):
-            h1, h2, h3 = _streams(h, quarter, last)
-            w0, w1, w2, w3 = weights_EHI[e, h], weights_EHI[e, h1], weights_EHI[e, h2], weights_EHI[e, h3]
-            for n in range(begin, pairs, 2):
-                a0, a1, a2, a3, b0, b1, b2, b3 = _dot_2x4(act_RI, n, n + 1, w0, w1, w2, w3)
-                _add(out_TH[tokens_R[n]], gates_S[order_R[n]], h, quarter, last, a0, a1, a2, a3)
-                _add(out_TH[tokens_R[n + 1]], gates_S[order_R[n + 1]], h, quarter, last, b0, b1, b2, b3)
-            for n in range(pairs, end):
-                a0, a1, a2, a3 = _dot_1x4(act_RI, n, w0, w1, w2, w3)
-                _add(out_TH[tokens_R[n]], gates_S[order_R[n]], h, quarter, last, a0, a1, a2, a3)
-
-
-@compiled
-def _streams(row, quarter, last):
-    """The rows of the other three streams. Beyond the range it is its last row, computed once more."""
-    return min(row + quarter, last - 1), min(row + 2 * quarter, last - 1), min(row + 3 * quarter, last - 1)
-
-
-@compiled
-def _add(out_H, gate, h, quarter, last, a0, a1, a2, a3):
-    """Add the four sums to the places a quarter apart, those beyond the range left out."""
-    out_H[h] += gate * a0
-    if h + quarter < last:
-        out_H[h + quarter] += gate * a1
-    if h + 2 * quarter < last:
-        out_H[h + 2 * quarter] += gate * a2
-    if h + 3 * quarter < last:
-        out_H[h + 3 * quarter] += gate * a3
+        for begin in range(starts_E1[e], starts_E1[e + 1], ROWS):
+            end = min(begin + ROWS, starts_E1[e + 1])
+            multiply_rows(act_RI[begin:end], rows_n[: end - begin], weights_EHI[e, first:last], values_nH)
+            for n in range(begin, end):
+                out_H, values_H, gate = (
+                    out_TH[tokens_R[n], first:last],
+                    values_nH[n - begin],
+                    gates_S[order_R[n]],
+                )
+                for h in range(last - first):
+                    out_H[h] += gate * values_H[h]

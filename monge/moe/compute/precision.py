@@ -33,6 +33,11 @@ def _has_units(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in _UNITS[dtype])
 
 
+def has_tiles() -> bool:
+    """Whether the processor multiplies whole tiles of bfloat16 (AMX), which `gemv` does not."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def matrices(weights_EXY: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
     """A function from an expert to its weights (X, Y) in ``dtype``.
 
