@@ -3,8 +3,8 @@
 The same sum as `monge.moe.Experts`, to rounding, and the gate of every expert gets a gradient, also where it
 is zero: that is what a router learns from. It computes E experts where K are needed. On a processor that is
 no loss at the shares a conversion aims at: two large products of fixed shape, which the fastest kernels take
-(`monge.conversion.matmul`), against two small ones an expert whose shapes change with every batch (SmolLM2 at
-50%, 512 tokens: 3.8 CPU-seconds a step against 6.6). What is deployed computes K.
+(`float32_products`), against two small ones an expert whose shapes change with every batch (SmolLM2 at 50%,
+512 tokens: 3.8 CPU-seconds a step against 6.6). What is deployed computes K.
 
 Shapes: T tokens, K slots per token, E experts, H model width, I expert width, J = 2 I when gated, else I.
 """

@@ -24,12 +24,12 @@ from monge.conversion.attention import put_attention, refit_attention
 from monge.conversion.calibrate import Streams, advance, observe, skip, start_streams
 from monge.conversion.config import ConvertConfig
 from monge.conversion.layerwise import ALPHA, ConvertedLayer, convert_layer, divide_layer, held_out
-from monge.conversion.matmul import fast_float32
 from monge.conversion.observer import Observer
 from monge.conversion.on_disk import keep
 from monge.conversion.refit import Refit
 from monge.conversion.stages import Stages
 from monge.conversion.types import FFN, Partition
+from monge.moe.compute.float32_products import fast_float32
 
 STREAMS = "streams"
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from monge.conversion.config import ConvertConfig
 from monge.conversion.distillation import IGNORED, distillation_loss
 from monge.conversion.finetune_result import FinetuneResult
-from monge.conversion.matmul import fast_float32
 from monge.conversion.observer import Observer, Silent
 from monge.conversion.schedule import learning_rate, sequences_of
 from monge.conversion.teacher import Head, Teacher, hidden_states
 from monge.conversion.trainable import trainable_weights
+from monge.moe.compute.float32_products import fast_float32
 from monge.workspace.checkpoints import load_checkpoint, save_checkpoint
 from monge.workspace.ranks import ALONE, Ranks
 from monge.workspace.records import Records

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from monge.conversion.matmul import fast_float32
 from monge.conversion.observer import Observer, Silent
+from monge.moe.compute.float32_products import fast_float32
 from monge.workspace.writing import write_atomic
 
 BATCH = 4  # sequences in a forward of the dense model

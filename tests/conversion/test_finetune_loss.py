@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from monge.conversion import distillation
 from monge.conversion.distillation import IGNORED, distillation_loss
-from monge.conversion.matmul import fast_float32
 from monge.conversion.teacher import Head, Teacher, hidden_states
+from monge.moe.compute.float32_products import fast_float32
 
 T, H, V = 13, 6, 37
 

@@ -1,4 +1,4 @@
-"""The compiled products of `gemv` against numpy's: every length, remainder and dtype that the processor has."""
+"""The compiled products of `gemv` against numpy's: every length, remainder and dtype the processor has."""
 
 from __future__ import annotations
 

@@ -10,11 +10,14 @@ Shapes: T tokens, K slots, E experts, H width, I expert width, J = 2 I (gated) o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from monge.moe.activations import ACTIVATIONS
+from monge.moe.compute.dot_kernels import MANY_REGISTERS
+from monge.moe.compute.float32_products import fast_float32
 from monge.moe.compute.memory import empty, gradient
 from monge.moe.compute.operator import differentiable, empty_gradients, sum_dtype
 from monge.moe.compute.precision import matrices, product_dtype
@@ -34,6 +37,11 @@ def _gatherer(x_TX: Tensor, slots: Slots) -> Callable[[slice], Tensor]:
         return torch.index_select(x_TX, 0, slots.tokens_R[rows], out=out_nX)
 
     return gather
+
+
+def _training_products(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """oneDNN's for float32 with AVX-512, where they are faster: a step's shapes come again in others."""
+    return fast_float32() if dtype == torch.float32 and MANY_REGISTERS else nullcontext()
 
 
 def forward(
@@ -67,7 +75,8 @@ def forward(
 
         return run
 
-    run_experts(slots, slot_sum, make)
+    with _training_products(dtype) if keep else nullcontext():
+        run_experts(slots, slot_sum, make)
     return slot_sum.total(), pre_RJ
 
 
@@ -127,7 +136,8 @@ def backward(
 
         return run
 
-    run_experts(slots, slot_sum, make)
+    with _training_products(dtype):
+        run_experts(slots, slot_sum, make)
     if slot_sum is not None:
         grad_hidden_TH = slot_sum.total()
     if needs[1]:

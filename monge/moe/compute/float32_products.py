@@ -5,12 +5,13 @@ unused; oneDNN does not (AMD EPYC, AVX-512: 80 against 170 GFLOP/s on one core).
 float32 if it may round the factors to bfloat16, which oneDNN does only on a processor with units for that
 (AMX). So the permission is given, and kept only if a product shows that nothing was rounded.
 
-oneDNN prepares a kernel for every new shape: use this where shapes repeat, not around sparse experts, whose
-number of rows is new in every batch.
+oneDNN prepares a kernel for every new shape, which takes as long as a small product: use this where shapes
+come again, as in training, not where every batch brings new ones, as in prefill.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,19 +23,30 @@ SIZE = 256  # of the product that is tried
 EXACT = 1e-5  # relative error that float32 stays below; bfloat16 is at 1e-3 and above
 
 
+_lock = threading.Lock()
+_inside: list[str] = []  # the setting to return to, once for everyone within
+
+
 @contextmanager
 def fast_float32() -> Iterator[None]:
-    """Within the context float32 products on the CPU are oneDNN's, if they are exact there."""
+    """Within the context float32 products on the CPU are oneDNN's, if they are exact there.
+
+    The setting is the process's: it holds until the last thread has left the context.
+    """
     settings = _settings()
     if settings is None or not _exact():
         yield
         return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    with _lock:
+        _inside.append(settings.fp32_precision if not _inside else _inside[0])
+        settings.fp32_precision = "bf16"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _lock:
+            before = _inside.pop()
+            if not _inside:
+                settings.fp32_precision = before
 
 
 def _settings() -> Any:
