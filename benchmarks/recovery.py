@@ -97,18 +97,19 @@ class Campaign:
             self._once(figures / "closed.json", lambda: self._measure(model))
         if not tune:
             return
+        checkpoint = folder / f"{tuned}.safetensors"
+        resumed = checkpoint.exists()  # then what it took is not known
         began, cpu = time.perf_counter(), time.process_time()
         if not (figures / f"{tuned}.json").exists():
             chunks_NL, teacher = self._lessons(cell.seed, self.steps * config.batch)
             finetune(
                 model, chunks_NL, teacher, steps=self.steps, config=config,
-                checkpoint=folder / f"{tuned}.safetensors", observer=Lines(cell.name),
+                checkpoint=checkpoint, observer=Lines(cell.name),
             )  # fmt: skip
-        cost = {
-            "seconds": time.perf_counter() - began,
-            "cpu_minutes": (time.process_time() - cpu) / 60,
-            "tokens": self.steps * config.batch * config.length,
-        }
+        cost: dict[str, Any] = {"tokens": self.steps * config.batch * config.length}
+        if not resumed:
+            cost["seconds"] = time.perf_counter() - began
+            cost["cpu_minutes"] = (time.process_time() - cpu) / 60
         self._once(figures / f"{tuned}.json", lambda: self._measure(model) | cost)
 
     def _converted(self, cell: Cell, config: ConvertConfig, folder: Path) -> nn.Module:
@@ -239,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
             device=chosen.device,
         )
         campaign = Campaign(chosen.out, chosen.figures, base, chosen.steps, chosen.texts)
+        print(f"Evaluated on {', '.join(campaign.evaluated)}.")  # one that is missing is told before the work
         for seed, active, method in product(chosen.seeds, chosen.active, chosen.methods):
             if method == CONTROL and (not chosen.steps or active != chosen.active[0]):
                 continue

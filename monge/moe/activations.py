@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monge.moe.cpu_kernels import gated_backward
+from monge.moe.cpu_kernels import as_array, gated_backward
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Activation:
         act_nI = self.function(gate_nI)
         grad_pre_nJ = torch.empty_like(pre_nJ)
         grad_gate_nI, grad_up_nI = grad_pre_nJ.chunk(2, dim=-1)
-        if _compiled(pre_nJ, act_nI, grad_nI, weights_n1):  # one pass over memory instead of eight
+        if _compiled(pre_nJ, act_nI, grad_nI, weights=weights_n1):  # one pass over memory instead of eight
             grad_weights_n1 = torch.empty_like(weights_n1)
-            arrays = (weights_n1[:, 0], pre_nJ, act_nI, grad_nI, grad_pre_nJ, grad_weights_n1[:, 0])
-            gated_backward(*(array.numpy() for array in arrays))
+            tensors = (weights_n1[:, 0], pre_nJ, act_nI, grad_nI, grad_pre_nJ, grad_weights_n1[:, 0])
+            gated_backward(*(as_array(tensor) for tensor in tensors))
         else:
             torch.mul(grad_nI, act_nI, out=grad_up_nI).mul_(weights_n1)
             act_nI.mul_(up_nI)
@@ -69,11 +69,13 @@ class Activation:
         return grad_weights_n1, act_nI, grad_pre_nJ
 
 
-def _compiled(*tensors: Tensor) -> bool:
-    """Whether the compiled loop takes them: of one dtype that the CPU computes in, rows in one piece."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    whole = all(tensor.is_contiguous() for tensor in tensors)
-    return tensors[0].device.type == "cpu" and whole and dtypes in ({torch.float32}, {torch.float64})
+def _compiled(*values: Tensor, weights: Tensor) -> bool:
+    """Whether the compiled loop takes them: rows in one piece and of one dtype, or bfloat16 by float32."""
+    whole = all(tensor.is_contiguous() for tensor in (*values, weights))
+    dtypes, wide = {value.dtype for value in values}, {weights.dtype}
+    fit = wide in ({torch.float32}, {torch.float64}) and dtypes == wide
+    fit = fit or (dtypes == {torch.bfloat16} and wide == {torch.float32})
+    return weights.device.type == "cpu" and whole and fit
 
 
 def _dot(a_nI: Tensor, b_nI: Tensor, dtype: torch.dtype) -> Tensor:

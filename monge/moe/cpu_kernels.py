@@ -7,11 +7,56 @@ J = 2 I; expert e has the rows starts[e]..starts[e + 1] - 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+import torch
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
 
 # sums may be reordered into vectors; NaN and infinity keep their meaning
 compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """The same memory for numpy, which has no bfloat16: its bits.
+
+    Not by ``Tensor.numpy``, which forbids to resize the storage ever after: FSDP frees gathered weights so.
+    """
+    x = x.detach()
+    return np.from_dlpack(x.view(torch.uint16) if x.dtype == torch.bfloat16 else x)
+
+
+def wide(x: Any) -> Any:
+    """In compiled code: uint16, the bits of a bfloat16, as float32; other numbers as they are."""
+    return x
+
+
+@overload(wide, inline="always")
+def _(x):  # type: ignore[no-untyped-def]
+    if isinstance(x, types.Integer):
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+def write(values_X: Any, place: int, value: Any) -> None:
+    """In compiled code: ``values[place] = value``, rounded to bfloat16 where those are uint16, its bits."""
+    values_X[place] = value
+
+
+@overload(write)
+def _(values_X, place, value):  # type: ignore[no-untyped-def]
+    def write_plain(values_X, place, value):  # type: ignore[no-untyped-def]
+        values_X[place] = value
+
+    def write_rounded(values_X, place, value):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        even = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        values_X[place] = np.uint16(rounded) if value == value else np.uint16(0x7FC0)  # NaN stays
+
+    return write_rounded if isinstance(values_X.dtype, types.Integer) else write_plain
 
 
 @compiled
@@ -68,7 +113,8 @@ def gated_backward(weights_n, pre_nJ, act_nI, grad_nI, grad_pre_nJ, grad_weights
     """`Activation.backward` of ``sum_n weights_n <grad_n, act_n up_n>``, but for the activation's derivative.
 
     ``up`` is the second half of ``pre``. The second half of ``grad_pre`` becomes ``weights grad act``, and in
-    place ``act`` becomes ``weights act up`` and ``grad`` becomes ``weights grad up``.
+    place ``act`` becomes ``weights act up`` and ``grad`` becomes ``weights grad up``. The four may be uint16,
+    the bits of bfloat16.
     """
     I = act_nI.shape[1]
     for n in range(act_nI.shape[0]):
@@ -76,9 +122,11 @@ def gated_backward(weights_n, pre_nJ, act_nI, grad_nI, grad_pre_nJ, grad_weights
         up_I, act_I, grad_I, grad_up_I = pre_nJ[n, I:], act_nI[n], grad_nI[n], grad_pre_nJ[n, I:]
         total = grad_weights_n.dtype.type(0)
         for i in range(I):  # two loops: with three outputs in one the compiler finds no vectors
-            total += grad_I[i] * act_I[i] * up_I[i]
-            grad_up_I[i] = weight * grad_I[i] * act_I[i]
+            product = wide(grad_I[i]) * wide(act_I[i])
+            total += product * wide(up_I[i])
+            write(grad_up_I, i, weight * product)
         for i in range(I):
-            act_I[i] *= weight * up_I[i]
-            grad_I[i] *= weight * up_I[i]
+            scale = weight * wide(up_I[i])
+            write(act_I, i, scale * wide(act_I[i]))
+            write(grad_I, i, scale * wide(grad_I[i]))
         grad_weights_n[n] = total

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from numba.core.codegen import get_host_cpu_features
 from path_cases import formula, problem
 
-from monge.moe.compute import PATHS, precision
+from monge.moe.compute import PATHS, gemv_kernels, precision
 from monge.moe.compute.dot_kernels import MULTIPLIES_BFLOAT16, multiply_rows
 
 BITS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -67,6 +68,34 @@ def test_what_is_not_finite_stays_in_its_row(value, place):
     multiply_rows(x, np.arange(6), weights, out)
     np.testing.assert_array_equal(out[4], np.full(5, value, np.float32))
     assert (np.delete(out, 4, axis=0) == 43).all()
+
+
+@njit
+def exponentials(x_n):
+    out_n = np.empty_like(x_n)
+    for n in range(len(x_n)):
+        out_n[n] = gemv_kernels._exp(x_n[n])
+    return out_n
+
+
+def test_the_exponential_of_float32():
+    """To four units in the last place; beyond what float32 holds, large enough or small enough for SiLU."""
+    x = np.linspace(-87, 88.3, 200_001, dtype=np.float32)
+    assert np.abs(exponentials(x) / np.exp(x.astype(np.float64)) - 1).max() < 4 * np.finfo(np.float32).eps
+    beyond = exponentials(np.array([-np.inf, -1000, 0, 1000, np.inf], np.float32))
+    assert (beyond[:2] < 2e-38).all()
+    assert beyond[2] == 1
+    assert (beyond[3:] > 2e38).all()
+
+
+@pytest.mark.parametrize("gate", [-200.0, -90.0, 0.0, 90.0, 200.0, float("nan")])
+def test_silu_far_from_zero(gate):
+    """One neuron whose gate and up projection read off ``x``."""
+    proj_in, proj_out = torch.tensor([[[1.0, 0], [0, 1]]]), torch.ones(1, 2, 1)
+    x, one = torch.tensor([[gate, 3.0]]), torch.ones(1, 1)
+    out = PATHS["gemv"](x, torch.zeros(1, 1, dtype=torch.int64), one, proj_in, proj_out, "swiglu")
+    expected = (3 * torch.nn.functional.silu(x[:, :1])).expand(1, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor does not multiply bfloat16")

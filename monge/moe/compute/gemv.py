@@ -26,7 +26,7 @@ from monge.moe.compute import sorted as by_expert
 from monge.moe.compute.dot_kernels import MULTIPLIES_BFLOAT16
 from monge.moe.compute.operator import differentiable, sum_dtype
 from monge.moe.compute.precision import product_dtype
-from monge.moe.cpu_kernels import sort_by_expert
+from monge.moe.cpu_kernels import as_array, sort_by_expert
 from monge.ot.threads import on_threads
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -43,15 +43,6 @@ def _narrow(*tensors: Tensor) -> bool:
     """Whether bfloat16 is multiplied as it is."""
     dtypes, cpu = {x.dtype for x in tensors}, tensors[0].device
     return MULTIPLIES_BFLOAT16 and dtypes == {torch.bfloat16} == {product_dtype(torch.bfloat16, cpu)}
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """The same memory for numpy, which has no bfloat16: its bits.
-
-    Not by ``Tensor.numpy``, which forbids to resize the storage ever after: FSDP frees gathered weights so.
-    """
-    x = x.detach()
-    return np.from_dlpack(x.view(torch.uint16) if x.dtype == torch.bfloat16 else x)
 
 
 def _forward(
@@ -72,12 +63,12 @@ def _forward(
     out_dtype = sum_dtype(hidden_TH, weights_TK)
     E, J, H = proj_in_EJH.shape
     wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-    x = _array(
+    x = as_array(
         hidden_TH.to(torch.bfloat16 if _narrow(hidden_TH, proj_in_EJH, proj_out_EHI) else wide).contiguous()
     )
-    gates = _array(weights_TK.to(out_dtype)).reshape(-1)
-    proj_in, proj_out = _array(proj_in_EJH), _array(proj_out_EHI)
-    bias = np.empty((0, 0), proj_in.dtype) if bias_EJ is None else _array(bias_EJ)
+    gates = as_array(weights_TK.to(out_dtype)).reshape(-1)
+    proj_in, proj_out = as_array(proj_in_EJH), as_array(proj_out_EHI)
+    bias = np.empty((0, 0), proj_in.dtype) if bias_EJ is None else as_array(bias_EJ)
     starts, tokens, order, _ = sort_by_expert(indices_TK.numpy(), E, padded)
     pre = np.empty((len(tokens), J), np.float64 if wide == torch.float64 else np.float32)
     act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)

@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from monge.moe.compute.dot_kernels import multiply_rows
-from monge.moe.cpu_kernels import compiled
+from monge.moe.cpu_kernels import compiled, wide, write
 
 NEURONS, FEATURES = 64, 128
 """Rows of the input and of the output projection in an item."""
@@ -45,37 +45,6 @@ FUNCTIONS = {
     "relu": RELU,
 }
 """By the names of `monge.moe.activations.ACTIVATIONS`."""
-
-
-def _wide(x: Any) -> Any:
-    """In compiled code: uint16, the bits of a bfloat16, as float32; other numbers as they are."""
-    return x
-
-
-@overload(_wide, inline="always")
-def _(x):  # type: ignore[no-untyped-def]
-    if isinstance(x, types.Integer):
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: x
-
-
-def _write(values_X: Any, place: int, value: Any) -> None:
-    """In compiled code: ``values[place] = value``, rounded to bfloat16 where those are uint16, its bits."""
-    values_X[place] = value
-
-
-@overload(_write, inline="always")
-def _(values_X, place, value):  # type: ignore[no-untyped-def]
-    def write(values_X, place, value):  # type: ignore[no-untyped-def]
-        values_X[place] = value
-
-    def write_rounded(values_X, place, value):  # type: ignore[no-untyped-def]
-        bits = np.float32(value).view(np.uint32)
-        even = (bits >> np.uint32(16)) & np.uint32(1)
-        rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
-        values_X[place] = np.uint16(rounded) if value == value else np.uint16(0x7FC0)  # NaN stays
-
-    return write_rounded if isinstance(values_X.dtype, types.Integer) else write
 
 
 def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
@@ -162,23 +131,52 @@ def _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI):
         pre_J, act_I = pre_RJ[n], act_RI[n]
         if len(bias_EJ):
             for i in range(first, last):
-                pre_J[i] += _wide(bias_EJ[e, i])
+                pre_J[i] += wide(bias_EJ[e, i])
                 if gated:
-                    pre_J[I + i] += _wide(bias_EJ[e, I + i])
-        for i in range(first, last):
-            up = pre_J[I + i] if gated else pre_J.dtype.type(1)
-            _write(act_I, i, _apply(function, pre_J[i]) * up)
+                    pre_J[I + i] += wide(bias_EJ[e, I + i])
+        if function == SILU:  # always gated; alone in its loop it becomes vectors
+            for i in range(first, last):
+                write(act_I, i, pre_J[i] / (1 + _exp(-pre_J[i])) * pre_J[I + i])
+        else:
+            for i in range(first, last):
+                up = pre_J[I + i] if gated else pre_J.dtype.type(1)
+                write(act_I, i, _apply(function, pre_J[i]) * up)
 
 
 @compiled
 def _apply(function, x):
-    if function == SILU:
-        return x / (1 + math.exp(-x))
     if function == GELU:
         return 0.5 * x * (1 + math.erf(x * math.sqrt(0.5)))
     if function == GELU_TANH:
         return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
     return 0.0 if x < 0 else x  # NaN stays
+
+
+def _exp(x: Any) -> Any:
+    """In compiled code: exp(x). Of float32 without a call, so that loops become vectors, x cut to -87..88.3.
+
+    exp(x) = 2^n exp(r) with n whole and |r| <= ln 2 / 2, where the Taylor series to r^7 is exact to rounding.
+    """
+    return math.exp(x)
+
+
+@overload(_exp)
+def _(x):  # type: ignore[no-untyped-def]
+    if x != types.float32:
+        return lambda x: math.exp(x)
+    highest, lowest, one, half = np.float32(88.3), np.float32(-87), np.float32(1), np.float32(0.5)
+    log2e, ln2, ln2_rest = np.float32(1 / math.log(2)), np.float32(0.6931457519), np.float32(1.4286067653e-6)
+    c3, c4, c5, c6, c7 = (np.float32(1 / math.factorial(n)) for n in range(3, 8))
+
+    def fast(x):  # type: ignore[no-untyped-def]
+        y = x if x < highest else highest
+        y = y if y > lowest else lowest
+        n = np.floor(y * log2e + half)
+        r = y - n * ln2 - n * ln2_rest  # the second part of ln 2 keeps what the first cannot hold
+        series = one + r * (one + r * (half + r * (c3 + r * (c4 + r * (c5 + r * (c6 + r * c7))))))
+        return series * np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+    return fast
 
 
 @compiled
@@ -191,10 +189,7 @@ def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, fir
             end = min(begin + ROWS, starts_E1[e + 1])
             multiply_rows(act_RI[begin:end], rows_n[: end - begin], weights_EHI[e, first:last], values_nH)
             for n in range(begin, end):
-                out_H, values_H, gate = (
-                    out_TH[tokens_R[n], first:last],
-                    values_nH[n - begin],
-                    gates_S[order_R[n]],
-                )
+                out_H, values_H = out_TH[tokens_R[n], first:last], values_nH[n - begin]
+                gate = gates_S[order_R[n]]
                 for h in range(last - first):
                     out_H[h] += gate * values_H[h]
