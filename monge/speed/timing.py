@@ -69,11 +69,12 @@ def clock_of(device: str) -> Callable[[], float]:
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """The most memory during ``call`` over that before it, in bytes.
+    """The most memory during ``call`` over that before it, in bytes; what others freed is given back before.
 
     Resident memory on the CPU (Linux; 0 elsewhere), allocated memory on an accelerator.
     """
     gc.collect()
+    memory.give_back()
     if not memory.reset_peak(device) or (before := memory.peak_bytes(device)) is None:
         return 0
     call()
