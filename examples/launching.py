@@ -10,11 +10,13 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
     and then wait for threads that wait for the interpreter (pytorch issue 56297), seldom, but forever.
 
     A process that dies, or that is silent for ``timeout_s`` seconds, ends the job: the others say so, with
-    the checkpoint from which the same command goes on, and exit with status 1; torchrun ends what is left.
+    the checkpoint from which the same command goes on, and exit with status 1, whether they notice it by
+    themselves or torchrun, which then ends what is left, does so first.
     """
     device = torch.device("cpu")
     if torch.accelerator.is_available():
@@ -41,6 +44,8 @@ def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
         torch.accelerator.set_device_index(device.index)
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    lost = f"another process died, or was silent for more than {timeout_s:g} s"
+    signal.signal(signal.SIGTERM, lambda *_: _stop(out, f"torchrun ends the job, as it does when {lost}"))
     try:
         yield device
         gc.collect()  # DDP in a cycle of references is to go before the group, too
@@ -49,16 +54,16 @@ def job(out: Path, timeout_s: float) -> Iterator[torch.device]:
         reason = str(error)
         if not any(word in reason.lower() for word in LOST):
             raise
-        last = Checkpoints(out).latest()
-        goes_on = f"The last checkpoint is {last}: the same command goes on from there." if last else ""
-        print(
-            f"Process {dist.get_rank()} stops: another process died, or was silent for more than "
-            f"{timeout_s:g} s ({reason.splitlines()[0]}). {goes_on}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a process group that lost a member cannot be shut down in order
+        _stop(out, f"{lost} ({reason.splitlines()[0]})")
     dist.destroy_process_group()
+
+
+def _stop(out: Path, why: str) -> NoReturn:
+    """Say why, and from where to go on, and end this process."""
+    last = Checkpoints(out).latest()
+    goes_on = f"The last checkpoint is {last}: the same command goes on from there." if last else ""
+    print(f"Process {dist.get_rank()} stops: {why}. {goes_on}", file=sys.stderr, flush=True)
+    os._exit(1)  # a process group that lost a member cannot be shut down in order
 
 
 def new_group(timeout_s: float) -> dist.ProcessGroup:
