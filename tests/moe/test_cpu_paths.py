@@ -224,3 +224,14 @@ def test_the_compiled_gating_of_bfloat16_rounds_once(name, monkeypatch):
     pre[4, 50] = float("nan")
     monkeypatch.undo()
     assert act.backward(grad.clone(), weights, pre)[0].isnan().flatten().nonzero().tolist() == [[4]]
+
+
+@pytest.mark.parametrize("path", [name for name in PATH_NAMES if name != "masked"])
+def test_gates_of_a_wider_dtype(path):
+    """Float64 gates of bfloat16 experts: summed in float64, returned in bfloat16."""
+    x, indices, w, a, d, act = problem(T=24, K=2, E=5, H=40, hidden=24, dtype=torch.bfloat16)
+    exact = formula(x.double(), indices, w.double(), a.double(), d.double(), act)
+    with torch.no_grad():
+        out = PATHS[path](x, indices, w.double(), a, d, act)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).norm() <= 5e-3 * exact.norm()

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from monge.moe.cpu_kernels import compiled
 
-BITS = 256  # of a vector; those of 512 were no faster on an AMD EPYC that has them
+BITS = 256  # of a vector; on an AMD EPYC that has them those of 512 are slower on short rows
 _FEATURES = getattr(config, "CPU_FEATURES", None) or get_host_cpu_features()
 MANY_REGISTERS = "+avx512vl" in _FEATURES
 """Whether there are 32 vector registers: sixteen sums and their factors stay in them, else eight do."""
@@ -64,9 +64,9 @@ def _write_block(typing_context, x_TX, rows, weights_mX, columns, out_nm, first)
             array = context.make_array(signature.args[matrix])(context, builder, args[matrix])
             return _Rows(builder, array, signature.args[matrix].dtype, indices)
 
-        count, four = len(signature.args[1]), builder.extract_value
-        x = rows_of(0, [four(args[1], r) for r in range(count)])
-        streams = [four(args[3], c) for c in range(len(signature.args[3]))]
+        count, element = len(signature.args[1]), builder.extract_value
+        x = rows_of(0, [element(args[1], r) for r in range(count)])
+        streams = [element(args[3], c) for c in range(len(signature.args[3]))]
         out = rows_of(4, [builder.add(args[5], ir.Constant(_I64, r)) for r in range(count)])
         weights, number = rows_of(2, streams), _NUMBERS[signature.args[4].dtype]
         sums = _fold(builder, _partial_sums(builder, x, weights, number))
@@ -123,7 +123,9 @@ def _partial_sums(builder: ir.IRBuilder, x: _Rows, weights: _Rows, number: Any) 
 
     def add_vectors(place: Any) -> None:
         if pairs:
-            function = cgutils.get_or_insert_function(builder.module, dot, "llvm.x86.avx512bf16.dpbf16ps.256")
+            function = cgutils.get_or_insert_function(
+                builder.module, dot, f"llvm.x86.avx512bf16.dpbf16ps.{BITS}"
+            )
             add(lambda rows, r: rows.load(r, place, integers), lambda *args: builder.call(function, args))
         else:
             add(lambda rows, r: rows.wide(r, place, lanes, number), fused)
@@ -166,7 +168,8 @@ def _fold(builder: ir.IRBuilder, vectors: list[Any]) -> list[Any]:
     width = vectors[0].type.count
     while width > 1:
         half, halved = width // 2, []
-        for pair in zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0],)]:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True) if len(vectors) > 1 else [(vectors[0],)]
+        for pair in pairs:
             lower = [k for k in range(len(pair) * pair[0].type.count) if k % width < half]
             upper = [k + half for k in lower]
             halved.append(builder.fadd(_shuffle(builder, pair, lower), _shuffle(builder, pair, upper)))

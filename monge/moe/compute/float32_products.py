@@ -2,8 +2,9 @@
 
 On processors other than Intel's, torch's default library (MKL) leaves up to half of the speed of float32
 products unused, oneDNN less (AMD EPYC with AVX-512, one core: 80 against 170 GFLOP/s on one machine, 45 to 84
-against 70 to 97 on another). torch takes oneDNN for float32 if it may round the factors to bfloat16, which oneDNN does only on a processor with units for that
-(AMX). So the permission is given, and kept only if a product shows that nothing was rounded.
+against 70 to 97 on another). torch takes oneDNN for float32 if it may round the factors to bfloat16, which
+oneDNN does only on a processor with units for that (AMX). So the permission is given, and kept only if a
+product shows that nothing was rounded.
 
 oneDNN prepares a kernel for every new shape, which takes as long as a small product: use this where shapes
 come again, as in training, not where every batch brings new ones, as in prefill.

@@ -63,9 +63,8 @@ def _forward(
     out_dtype = sum_dtype(hidden_TH, weights_TK)
     E, J, H = proj_in_EJH.shape
     wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-    x = as_array(
-        hidden_TH.to(torch.bfloat16 if _narrow(hidden_TH, proj_in_EJH, proj_out_EHI) else wide).contiguous()
-    )
+    dtype = torch.bfloat16 if _narrow(hidden_TH, proj_in_EJH, proj_out_EHI) else wide
+    x = as_array(hidden_TH.to(dtype).contiguous())
     gates = as_array(weights_TK.to(out_dtype)).reshape(-1)
     proj_in, proj_out = as_array(proj_in_EJH), as_array(proj_out_EHI)
     bias = np.empty((0, 0), proj_in.dtype) if bias_EJ is None else as_array(bias_EJ)

@@ -94,13 +94,16 @@ def run_experts(
     if not _reaches(counters, DONE_IN, E * parts):
         return False
     parts = (H + FEATURES - 1) // FEATURES
+    held_nH = np.empty((ROWS, FEATURES), pre_RJ.dtype)
     while True:
         item = _add_to(counters, CLAIMED_OUT, 1)
         if item >= parts:
             break
         first = item * FEATURES
         last = min(first + FEATURES, H)
-        _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, proj_out_EHI, first, last, out_TH)
+        _project_out(
+            act_RI, tokens_R, order_R, gates_S, starts_E1, proj_out_EHI, first, last, held_nH, out_TH
+        )
         _add_to(counters, DONE_OUT, 1)
     return _reaches(counters, DONE_OUT, parts)
 
@@ -180,16 +183,16 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, first, last, out_TH):
+def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, first, last, held_nH, out_TH):
     """``out[t, h] = sum_n gates[order[n]] <weights[e, h], act[n]>`` for h in first..last-1, e ascending."""
     out_TH[:, first:last] = 0
-    rows_n, values_nH = np.arange(ROWS), np.empty((ROWS, last - first), out_TH.dtype)
+    rows_n = np.arange(ROWS)
     for e in range(weights_EHI.shape[0]):
         for begin in range(starts_E1[e], starts_E1[e + 1], ROWS):
             end = min(begin + ROWS, starts_E1[e + 1])
-            multiply_rows(act_RI[begin:end], rows_n[: end - begin], weights_EHI[e, first:last], values_nH)
+            multiply_rows(act_RI[begin:end], rows_n[: end - begin], weights_EHI[e, first:last], held_nH)
             for n in range(begin, end):
-                out_H, values_H = out_TH[tokens_R[n], first:last], values_nH[n - begin]
+                out_H, held_H = out_TH[tokens_R[n], first:last], held_nH[n - begin]
                 gate = gates_S[order_R[n]]
                 for h in range(last - first):
-                    out_H[h] += gate * values_H[h]
+                    out_H[h] += gate * held_H[h]
