@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from monge.conversion import distillation
 from monge.conversion.distillation import IGNORED, distillation_loss
 from monge.conversion.teacher import Head, Teacher, hidden_states
-from monge.moe.compute.float32_products import fast_float32
 
 T, H, V = 13, 6, 37
 
@@ -111,13 +110,3 @@ def test_teacher_on_disk(tiny_model, tiny_inputs, tmp_path):
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match="Delete it"):
         Teacher.load(path, teacher.head)
-
-
-def test_fast_products_are_exact_and_the_setting_is_restored():
-    settings = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    a, b = torch.randn(2, 300, 300)
-    with fast_float32():
-        product = a @ b
-    assert (product.double() - a.double() @ b.double()).abs().max() < 1e-3  # 0.1 by bfloat16
-    assert settings.fp32_precision == before

@@ -71,7 +71,8 @@ def choose_path(
     few = FEW_ROWS.get(dtype, 0)
     if few and I <= SMALL:
         narrow = dtype == torch.bfloat16
-        if MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS:
+        vectors = MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS
+        if vectors:
             few = SMALL_ROWS_AVX512
         elif not narrow:
             few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))

@@ -22,8 +22,6 @@ import torch
 
 SIZE = 256  # of the product that is tried
 EXACT = 1e-5  # relative error that float32 stays below; bfloat16 is at 1e-3 and above
-
-
 _lock = threading.Lock()
 _inside: list[str] = []  # the setting to return to, once for everyone within
 

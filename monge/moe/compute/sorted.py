@@ -39,9 +39,10 @@ def _gatherer(x_TX: Tensor, slots: Slots) -> Callable[[slice], Tensor]:
     return gather
 
 
-def _training_products(dtype: torch.dtype) -> AbstractContextManager[None]:
+def _training_products(x: Tensor) -> AbstractContextManager[None]:
     """oneDNN's for float32 with AVX-512, where they are faster: a step's shapes come again in others."""
-    return fast_float32() if dtype == torch.float32 and MANY_REGISTERS else nullcontext()
+    fast = MANY_REGISTERS and x.device.type == "cpu" and x.dtype == torch.float32
+    return fast_float32() if fast else nullcontext()
 
 
 def forward(
@@ -75,7 +76,7 @@ def forward(
 
         return run
 
-    with _training_products(dtype) if keep else nullcontext():
+    with _training_products(hidden_TH) if keep else nullcontext():
         run_experts(slots, slot_sum, make)
     return slot_sum.total(), pre_RJ
 
@@ -136,7 +137,7 @@ def backward(
 
         return run
 
-    with _training_products(dtype):
+    with _training_products(grad_TH):
         run_experts(slots, slot_sum, make)
     if slot_sum is not None:
         grad_hidden_TH = slot_sum.total()
