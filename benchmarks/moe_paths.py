@@ -27,7 +27,12 @@ SIZES = {  # name -> H, I, E, K
     "512x1024, 2 of 16": (512, 1024, 16, 2),
     "1024x256, 8 of 64": (1024, 256, 64, 8),
     "2048x128, 16 of 64": (2048, 128, 64, 16),
+    "2048x128, 32 of 64": (2048, 128, 64, 32),
+    "576x48, 8 of 24": (576, 48, 24, 8),
+    "576x96, 4 of 12": (576, 96, 12, 4),
+    "1024x2048, 2 of 16": (1024, 2048, 16, 2),
 }
+USUAL = list(SIZES)[:3]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -78,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="interleaved rounds per case")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=USUAL, choices=list(SIZES))
     parser.add_argument("--forward-only", action="store_true", help="inference alone")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: for a busy machine")
     parser.add_argument("--device", default="cpu", help="where to compute (default cpu)")
