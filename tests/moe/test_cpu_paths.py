@@ -31,11 +31,9 @@ def test_auto_is_a_fixed_table(monkeypatch):
     for registers, products in ((False, False), (True, False), (True, True)):
         monkeypatch.setattr(compute, "MANY_REGISTERS", registers)
         monkeypatch.setattr(compute, "MULTIPLIES_BFLOAT16", products)
-        for experts, rows in (*small.items(), ((16, 576, 256), 48)):
-            last = {
-                torch.float32: 256 if registers and experts in small else rows,
-                torch.bfloat16: 256 if products and experts in small else 48,
-            }
+        for experts, rows in (*small.items(), ((16, 576, 256), 48), ((16, 576, 513), 48)):
+            more = {256: 128, 513: 48}.get(experts[2], 256)
+            last = {torch.float32: more if registers else rows, torch.bfloat16: more if products else 48}
             for dtype, rows in last.items():
                 assert choose_path((16 * rows, 1), experts, dtype, cpu) == "gemv"
                 assert choose_path((16 * rows + 1, 1), experts, dtype, cpu) == "sorted"

@@ -32,9 +32,11 @@ PATHS: dict[str, ComputePath] = {
 # `python -m benchmarks.moe_paths`: 0.4 to 0.8 of its time below, 0.7 to 1.1 at 64 rows.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 48, torch.float64: 48}
 FEW_ROWS_TILES = 4  # bfloat16 with AMX: decoding alone, where reading the weights is all; not measured
-# Experts so small that Python around their products is most of `sorted`: with the 32 vector registers of
-# AVX-512 up to 256 rows (bfloat16: with AVX512-BF16), else up to 2^16 / H, at most 128 (bfloat16: 48).
-SMALL, SMALL_ROWS, SMALL_ROWS_AVX512, SMALL_INPUTS = 128, 128, 256, 2**16
+# With the 32 vector registers of AVX-512 (bfloat16: with AVX512-BF16): neurons of an expert -> rows.
+MORE_ROWS_AVX512 = {128: 256, 512: 128}
+# Without, experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at
+# most 128 (bfloat16: 48).
+SMALL, SMALL_ROWS, SMALL_INPUTS = 128, 128, 2**16
 
 # Accelerators: up to how many activations of all experts, T E I, and multiply-adds of a product with them,
 # T E I H, `masked` is the fastest, from `python -m benchmarks.moe_paths --device cuda`
@@ -51,7 +53,8 @@ def choose_path(
     |---|---|---|
     | CPU: float32, float64, bfloat16 | up to 48 | `gemv` |
     | CPU: experts of up to 128 neurons, float32, float64 | up to 48, or min(128, 2^16 / H) | `gemv` |
-    | the same with AVX-512, bfloat16 with AVX512-BF16 | up to 256 | `gemv` |
+    | AVX-512, bfloat16 with AVX512-BF16: experts of up to 128 neurons | up to 256 | `gemv` |
+    | AVX-512, bfloat16 with AVX512-BF16: experts of up to 512 neurons | up to 128 | `gemv` |
     | CPU: bfloat16 with AMX | up to 4 | `gemv` |
     | CPU, more rows or another dtype | any | `sorted` |
     | accelerator: T E I up to 2^24, T E I H up to 2^35 | any | `masked` |
@@ -69,14 +72,12 @@ def choose_path(
             return "masked"
         return "grouped_mm" if device.type == "cuda" else "sorted"
     few = FEW_ROWS.get(dtype, 0)
-    if few and I <= SMALL:
-        narrow = dtype == torch.bfloat16
-        vectors = MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS
-        if vectors:
-            few = SMALL_ROWS_AVX512
-        elif not narrow:
-            few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
-    if dtype == torch.bfloat16 and precision.has_tiles():
+    narrow = dtype == torch.bfloat16
+    if few and (MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS):
+        few = next((rows for neurons, rows in MORE_ROWS_AVX512.items() if neurons >= I), few)
+    elif few and not narrow and I <= SMALL:
+        few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
+    if narrow and precision.has_tiles():
         few = FEW_ROWS_TILES
     return "gemv" if slots <= few * E else "sorted"
 
