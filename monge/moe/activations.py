@@ -55,7 +55,7 @@ class Activation:
         act_nI = self.function(gate_nI)
         grad_pre_nJ = torch.empty_like(pre_nJ)
         grad_gate_nI, grad_up_nI = grad_pre_nJ.chunk(2, dim=-1)
-        if _compiled(pre_nJ, act_nI, grad_nI, weights=weights_n1):  # one pass over memory instead of eight
+        if _compiled(weights_n1, pre_nJ, act_nI, grad_nI):  # one pass over memory instead of eight
             grad_weights_n1 = torch.empty_like(weights_n1)
             tensors = (weights_n1[:, 0], pre_nJ, act_nI, grad_nI, grad_pre_nJ, grad_weights_n1[:, 0])
             gated_backward(*(as_array(tensor) for tensor in tensors))
@@ -69,9 +69,9 @@ class Activation:
         return grad_weights_n1, act_nI, grad_pre_nJ
 
 
-def _compiled(*values: Tensor, weights: Tensor) -> bool:
+def _compiled(weights: Tensor, *values: Tensor) -> bool:
     """Whether the compiled loop takes them: rows in one piece and of one dtype, or bfloat16 by float32."""
-    whole = all(tensor.is_contiguous() for tensor in (*values, weights))
+    whole = all(tensor.is_contiguous() for tensor in (weights, *values))
     dtypes, wide = {value.dtype for value in values}, {weights.dtype}
     fit = wide in ({torch.float32}, {torch.float64}) and dtypes == wide
     fit = fit or (dtypes == {torch.bfloat16} and wide == {torch.float32})

@@ -161,6 +161,7 @@ def test_experts_are_spread_over_threads(threads, dtype, monkeypatch):
         spread.append(number)
         on_torch_threads(work, number)
 
+    monkeypatch.setattr(precision, "_has_units", lambda dtype: False)  # one rounding, on every processor
     monkeypatch.setattr(spreading, "on_torch_threads", counted)
     monkeypatch.setattr(spreading, "torch_threads", lambda device: torch.get_num_threads())
     T, K, E = 24, 2, 8
@@ -181,9 +182,7 @@ def test_experts_are_spread_over_threads(threads, dtype, monkeypatch):
     busy = torch.stack((torch.zeros(T, dtype=torch.int64), 1 + torch.arange(T) % (E - 1)), dim=1)
     out = PATHS["sorted"](x, busy, w, a, d, act)
     exact = formula(x.double(), busy, w.double(), a.double(), d.double(), act)
-    if precision.product_dtype(dtype, out.device) != dtype or dtype == torch.float64:
-        torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-2)
-    assert (out.double() - exact).norm() <= 5e-3 * exact.norm()  # where products are bfloat16, some cancel
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=1e-2)
     assert spread == 4 * [threads] + [2] * (threads == 2)  # half of all rows: the share of one of two threads
 
 
@@ -196,7 +195,7 @@ def test_the_compiled_gating_equals_torchs_operators(name, dtype, rows, monkeypa
     weights = torch.rand(rows, 1, generator=generator, dtype=dtype)
     weights[:1], pre[-1:, 40] = 0.0, float("nan")
     compiled = act.backward(grad.clone(), weights, pre)
-    monkeypatch.setattr(activations, "_compiled", lambda *_, **__: False)
+    monkeypatch.setattr(activations, "_compiled", lambda *_: False)
     for one, other in zip(compiled, act.backward(grad.clone(), weights, pre), strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
 
@@ -215,7 +214,7 @@ def test_the_compiled_gating_of_bfloat16_rounds_once(name, monkeypatch):
         return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
     compiled = errors()
-    monkeypatch.setattr(activations, "_compiled", lambda *_, **__: False)
+    monkeypatch.setattr(activations, "_compiled", lambda *_: False)
     for ours, theirs in zip(compiled, errors(), strict=True):
         assert ours < 0.004
         assert ours <= theirs

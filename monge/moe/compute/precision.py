@@ -29,13 +29,17 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 @cache
+def _has(question: str) -> bool:
+    return bool(getattr(torch.cpu, question, lambda: False)())
+
+
 def _has_units(dtype: torch.dtype) -> bool:
-    return any(getattr(torch.cpu, name, lambda: False)() for name in _UNITS[dtype])
+    return any(map(_has, _UNITS[dtype]))
 
 
 def has_tiles() -> bool:
     """Whether the processor multiplies whole tiles of bfloat16 (AMX), which `gemv` does not."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return _has("_is_amx_tile_supported")
 
 
 def matrices(weights_EXY: Tensor, dtype: torch.dtype) -> Callable[[int], Tensor]:
