@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monge.moe.cpu_kernels import as_array, gated_backward
+from monge.moe.activation_kernels import gated_backward, swiglu_backward
+from monge.moe.cpu_kernels import as_array
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Activation:
             self.derivative(grad_nI.mul_(weights_n1), pre_nJ, grad_input=grad_pre_nJ)
             return grad_weights_n1, act_nI.mul_(weights_n1), grad_pre_nJ
         gate_nI, up_nI = pre_nJ.chunk(2, dim=-1)
-        act_nI = self.function(gate_nI)
         grad_pre_nJ = torch.empty_like(pre_nJ)
+        if self.function is F.silu and _compiled(weights_n1, pre_nJ, grad_nI):
+            act_nI, grad_weights_n1 = torch.empty_like(grad_nI), torch.empty_like(weights_n1)
+            tensors = (weights_n1[:, 0], pre_nJ, grad_nI, act_nI, grad_pre_nJ, grad_weights_n1[:, 0])
+            swiglu_backward(*(as_array(tensor) for tensor in tensors))
+            return grad_weights_n1, act_nI, grad_pre_nJ
+        act_nI = self.function(gate_nI)
         grad_gate_nI, grad_up_nI = grad_pre_nJ.chunk(2, dim=-1)
         if _compiled(weights_n1, pre_nJ, act_nI, grad_nI):  # one pass over memory instead of eight
             grad_weights_n1 = torch.empty_like(weights_n1)

@@ -1,8 +1,7 @@
-"""Compiled loops around the experts' products, for the CPU: the sort of the slots, the sum of their outputs,
-and what gating by an activation does backwards.
+"""Compiled loops around the experts' products, for the CPU: the slots' sort and the sum of their outputs.
 
-Shapes: T tokens, n rows, R rows of sorted slots, K slots per token, E experts, H model width, I expert width,
-J = 2 I; expert e has the rows starts[e]..starts[e + 1] - 1.
+Shapes: T tokens, n rows, R rows of sorted slots, K slots per token, E experts, H model width; expert e has
+the rows starts[e]..starts[e + 1] - 1.
 """
 
 from __future__ import annotations
@@ -106,27 +105,3 @@ def sort_by_expert(experts_TK, num_experts, padded):
                 tokens_R[row] = t
                 order_R[row] = t * K + k
     return starts_E1, tokens_R, order_R, rows_TK
-
-
-@compiled
-def gated_backward(weights_n, pre_nJ, act_nI, grad_nI, grad_pre_nJ, grad_weights_n):
-    """`Activation.backward` of ``sum_n weights_n <grad_n, act_n up_n>``, but for the activation's derivative.
-
-    ``up`` is the second half of ``pre``. The second half of ``grad_pre`` becomes ``weights grad act``, and in
-    place ``act`` becomes ``weights act up`` and ``grad`` becomes ``weights grad up``. The four may be uint16,
-    the bits of bfloat16.
-    """
-    I = act_nI.shape[1]
-    for n in range(act_nI.shape[0]):
-        weight = weights_n[n]
-        up_I, act_I, grad_I, grad_up_I = pre_nJ[n, I:], act_nI[n], grad_nI[n], grad_pre_nJ[n, I:]
-        total = grad_weights_n.dtype.type(0)
-        for i in range(I):  # two loops: with three outputs in one the compiler finds no vectors
-            product = wide(grad_I[i]) * wide(act_I[i])
-            total += product * wide(up_I[i])
-            write(grad_up_I, i, weight * product)
-        for i in range(I):
-            scale = weight * wide(up_I[i])
-            write(act_I, i, scale * wide(act_I[i]))
-            write(grad_I, i, scale * wide(grad_I[i]))
-        grad_weights_n[n] = total

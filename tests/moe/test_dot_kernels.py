@@ -13,8 +13,10 @@ from numba import njit
 from numba.core.codegen import get_host_cpu_features
 from path_cases import formula, problem
 
-from monge.moe.compute import PATHS, gemv_kernels, precision
-from monge.moe.compute.dot_kernels import MULTIPLIES_BFLOAT16, multiply_rows
+from monge.moe.activation_kernels import _exp
+from monge.moe.compute import PATHS, precision
+from monge.moe.compute.dot_kernels import multiply_rows
+from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
 
 BITS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CASES = [  # x, weights, output
@@ -74,7 +76,7 @@ def test_what_is_not_finite_stays_in_its_row(value, place):
 def exponentials(x_n):
     out_n = np.empty_like(x_n)
     for n in range(len(x_n)):
-        out_n[n] = gemv_kernels._exp(x_n[n])
+        out_n[n] = _exp(x_n[n])
     return out_n
 
 

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 
 from monge.moe.compute import precision
-from monge.moe.compute.dot_kernels import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 from monge.moe.compute.gemv import gemv
 from monge.moe.compute.grouped_mm import grouped
 from monge.moe.compute.loop import loop
 from monge.moe.compute.masked import masked
 from monge.moe.compute.operator import ComputePath
 from monge.moe.compute.sorted import sorted_by_expert
+from monge.moe.compute.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 
 PATHS: dict[str, ComputePath] = {
     "loop": loop,
@@ -29,12 +29,11 @@ PATHS: dict[str, ComputePath] = {
 }
 
 # CPU: rows per expert, on average, up to which `gemv` is at least as fast as `sorted`, from
-# `python -m benchmarks.moe_paths`: 0.4 to 0.8 of its time below, 0.7 to 1.1 at 64 rows.
+# `python -m benchmarks.moe_paths`: 0.4 to 0.8 of its time below, 0.7 to 1.1 at 64 rows with AVX2. With the
+# vectors of AVX-512 it is faster at any number: 0.5 to 0.95 of the time up to 1,024 rows.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 48, torch.float64: 48}
 FEW_ROWS_TILES = 4  # bfloat16 with AMX: decoding alone, where reading the weights is all; not measured
-# With the 32 vector registers of AVX-512 (bfloat16: with AVX512-BF16): neurons of an expert -> rows.
-MORE_ROWS_AVX512 = {128: 256, 512: 128}
-# Without, experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at
+# Experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at
 # most 128 (bfloat16: 48).
 SMALL, SMALL_ROWS, SMALL_INPUTS = 128, 128, 2**16
 
@@ -51,10 +50,9 @@ def choose_path(
 
     | device, dtype | rows per expert, T K / E | path |
     |---|---|---|
+    | CPU: float32 with AVX-512, bfloat16 with AVX512-BF16 | any | `gemv` |
     | CPU: float32, float64, bfloat16 | up to 48 | `gemv` |
     | CPU: experts of up to 128 neurons, float32, float64 | up to 48, or min(128, 2^16 / H) | `gemv` |
-    | AVX-512, bfloat16 with AVX512-BF16: experts of up to 128 neurons | up to 256 | `gemv` |
-    | AVX-512, bfloat16 with AVX512-BF16: experts of up to 512 neurons | up to 128 | `gemv` |
     | CPU: bfloat16 with AMX | up to 4 | `gemv` |
     | CPU, more rows or another dtype | any | `sorted` |
     | accelerator: T E I up to 2^24, T E I H up to 2^35 | any | `masked` |
@@ -71,14 +69,13 @@ def choose_path(
         if activations <= FEW_ACTIVATIONS and activations * H <= FEW_PRODUCTS:
             return "masked"
         return "grouped_mm" if device.type == "cuda" else "sorted"
-    few = FEW_ROWS.get(dtype, 0)
-    narrow = dtype == torch.bfloat16
-    if few and (MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS):
-        few = next((rows for neurons, rows in MORE_ROWS_AVX512.items() if neurons >= I), few)
-    elif few and not narrow and I <= SMALL:
-        few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
+    few, narrow = FEW_ROWS.get(dtype, 0), dtype == torch.bfloat16
     if narrow and precision.has_tiles():
         few = FEW_ROWS_TILES
+    elif MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS and dtype == torch.float32:
+        return "gemv"
+    elif few and not narrow and I <= SMALL:
+        few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))
     return "gemv" if slots <= few * E else "sorted"
 
 

@@ -1,9 +1,11 @@
-"""`gemv`: compiled matrix-vector products over the chosen experts, for a few rows per expert on the CPU.
+"""`gemv`: the chosen experts in one compiled function, on the CPU.
 
-Where an expert has one row or a few, its products are bound by reading its weights. One compiled function
-(gemv_kernels.py) reads those of the chosen experts once, in transformers' layout, on all threads. Around it
-there is as little Python as can be: between two layers of a large model other weights fill the caches, and
-what takes microseconds in a loop takes tenths of a millisecond there (docs/performance.md).
+Where an expert has one row or a few, its products are bound by reading its weights (they are matrix-vector
+products, hence the name). The function (gemv_kernels.py) reads those of the chosen experts once, in
+transformers' layout, on all threads. Around it there is as little Python as can be: between two layers of a
+large model other weights fill the caches, and what takes microseconds in a loop takes tenths of a millisecond
+there. Where experts have many rows the processor is the bound, and with AVX-512 it is nearly reached
+(docs/performance.md).
 
 Sums are float32 (float64 for float64). Bfloat16 is widened on the way, or multiplied as it is by processors
 with an instruction for that; there the activations are rounded to it, as by every other path. The backward is
@@ -21,11 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monge.moe.activation_kernels import FUNCTIONS
 from monge.moe.compute import gemv_kernels as kernels
 from monge.moe.compute import sorted as by_expert
-from monge.moe.compute.dot_kernels import MULTIPLIES_BFLOAT16
+from monge.moe.compute.memory import empty
 from monge.moe.compute.operator import differentiable, sum_dtype
 from monge.moe.compute.precision import product_dtype
+from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
 from monge.moe.cpu_kernels import as_array, sort_by_expert
 from monge.ot.threads import on_threads
 
@@ -67,22 +71,38 @@ def _forward(
     x = as_array(hidden_TH.to(dtype).contiguous())
     gates = as_array(weights_TK.to(out_dtype)).reshape(-1)
     proj_in, proj_out = as_array(proj_in_EJH), as_array(proj_out_EHI)
-    bias = np.empty((0, 0), proj_in.dtype) if bias_EJ is None else as_array(bias_EJ)
+    bias = np.empty((E, 0), proj_in.dtype) if bias_EJ is None else as_array(bias_EJ)
     starts, tokens, order, _ = sort_by_expert(indices_TK.numpy(), E, padded)
-    pre = np.empty((len(tokens), J), np.float64 if wide == torch.float64 else np.float32)
+    pre_RJ = empty(hidden_TH, (len(tokens) if keep else 0, J))
+    pre = as_array(pre_RJ)
     act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)
     out = np.empty(x.shape, gates.dtype)
-    counters, function = np.zeros(kernels.COUNTERS, np.int64), kernels.FUNCTIONS[activation]
+    counters, function = np.zeros(kernels.COUNTERS, np.int64), FUNCTIONS[activation]
+
+    threads = 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads()
 
     def work() -> None:
         while not kernels.run_experts(
-            x, starts, tokens, order, gates, proj_in, bias, proj_out, function, pre, act, out, counters
+            x,
+            starts,
+            tokens,
+            order,
+            gates,
+            proj_in,
+            bias,
+            proj_out,
+            function,
+            pre,
+            act,
+            out,
+            counters,
+            threads,
         ):
             time.sleep(NAP)
 
-    on_threads(work, 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads())
+    on_threads(work, threads)
     out_TH = torch.from_numpy(out).to(hidden_TH.dtype)
-    return out_TH, torch.from_numpy(pre).to(hidden_TH.dtype) if keep else hidden_TH.new_empty((0, J))
+    return out_TH, pre_RJ
 
 
 gemv = differentiable("gemv", _forward, by_expert.backward)

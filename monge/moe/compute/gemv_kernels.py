@@ -1,50 +1,38 @@
-"""Compiled experts for few rows each, where a product is bound by reading the weights once.
+"""Compiled experts: both projections, the activation and the sum into the tokens in one function.
 
-Both projections keep transformers' layout, whose rows are contiguous over the summed dimension, so every
-output is a dot product of two contiguous vectors (dot_kernels.py) and no weight is copied. Bfloat16 weights
-are read as uint16, their bits, and so are hidden states and activations where the processor multiplies them.
+Both projections keep transformers' layout, whose rows are contiguous over the summed dimension: every output
+is a dot product of two contiguous vectors, and no weight is copied but for the 64 rows at work where many
+tokens meet them (row_products.py). Bfloat16 weights are read as uint16, their bits, and so are hidden states
+and activations where the processor multiplies them.
 
 The work is cut into items, which threads claim one by one: who wakes late does less, and nobody waits for a
 thread that has not begun. Every output is written in one item and sums run in a fixed order: results do not
 depend on the threads.
 
 Shapes: T tokens, R rows, the filled slots sorted by expert, K slots per token, S = T K, E experts, H model
-width, I expert width, J = 2 I (gated) or I; expert e has the rows starts[e]..starts[e + 1] - 1; X any width.
+width, I expert width, J = 2 I (gated) or I; expert e has the rows starts[e]..starts[e + 1] - 1; m of an item.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from monge.moe.compute.dot_kernels import multiply_rows
-from monge.moe.cpu_kernels import compiled, wide, write
+from monge.moe.activation_kernels import activate
+from monge.moe.compute.row_products import ROWS, add_projected, empty_sums, project
+from monge.moe.cpu_kernels import compiled
 
-NEURONS, FEATURES = 64, 128
+NEURONS, FEATURES = 128, 64
 """Rows of the input and of the output projection in an item."""
-ROWS = 64
-"""Of an expert that meet one item's weights at a time, so that both stay in the cache."""
 SPINS = 20_000
 """Looks at what the other threads have done, some 0.2 ms, before the caller should sleep."""
 CLAIMED_IN, DONE_IN, CLAIMED_OUT, DONE_OUT = 0, 8, 16, 24
 """Where the counters of items lie, a cache line apart, among `COUNTERS` int64 zeros."""
 COUNTERS = 32
-SILU, GELU, GELU_TANH, RELU = range(4)
-FUNCTIONS = {
-    "swiglu": SILU,
-    "geglu": GELU_TANH,
-    "geglu_exact": GELU,
-    "gelu": GELU,
-    "gelu_tanh": GELU_TANH,
-    "relu": RELU,
-}
-"""By the names of `monge.moe.activations.ACTIVATIONS`."""
 
 
 def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
@@ -65,45 +53,55 @@ _add_to: Any = intrinsic(_atomic_add)
 @compiled
 def run_experts(
     x_TH, starts_E1, tokens_R, order_R, gates_S, proj_in_EJH, bias_EJ, proj_out_EHI, function,
-    pre_RJ, act_RI, out_TH, counters,
+    pre_RJ, act_RI, out_TH, counters, threads,
 ):  # fmt: skip
     """``out_t = sum_k gates_tk expert(x_t)`` by all threads that call this with the same arguments.
 
     Returns False where other threads are still at their items: the caller sleeps and calls once more.
 
     Args:
-        bias_EJ: (E, J) or (0, 0) for none. function: of `FUNCTIONS`.
-        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold; act has the dtype of x.
+        bias_EJ: (E, J) or (E, 0) for none. function: of `FUNCTIONS`.
+        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold; act has the dtype of x; pre is (0, J) if
+            the pre-activations are not to be kept.
         counters: int64, `COUNTERS` zeros.
+        threads: that call this.
     """
     E, H, I = proj_out_EHI.shape
     parts = (I + NEURONS - 1) // NEURONS
+    largest = 0
+    for e in range(E):
+        largest = max(largest, starts_E1[e + 1] - starts_E1[e])
+    gate_nm, up_nm = empty_sums(x_TH, max(largest, ROWS), NEURONS), empty_sums(x_TH, largest, NEURONS)
     while True:
         item = _add_to(counters, CLAIMED_IN, 1)
         if item >= E * parts:
             break
         e, first = item // parts, item % parts * NEURONS
-        begin, end = starts_E1[e], starts_E1[e + 1]
-        if begin < end:
-            last = min(first + NEURONS, I)
-            _project_in(x_TH, tokens_R, begin, end, proj_in_EJH[e], first, last, pre_RJ)
-            if proj_in_EJH.shape[1] > I:
-                _project_in(x_TH, tokens_R, begin, end, proj_in_EJH[e], I + first, I + last, pre_RJ)
-            _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI)
+        if starts_E1[e] < starts_E1[e + 1]:
+            last, rows = min(first + NEURONS, I), slice(starts_E1[e], starts_E1[e + 1])
+            later = (item + threads) % (E * parts)
+            ahead_X = proj_in_EJH[later // parts, later % parts * NEURONS :]
+            gate_mH, up_mH = proj_in_EJH[e, first:last], proj_in_EJH[e, I + first : I + last]
+            project(x_TH, tokens_R[rows], gate_mH, gate_nm, up_mH if len(up_mH) else ahead_X)
+            project(x_TH, tokens_R[rows], up_mH, up_nm, ahead_X)
+            activate(gate_nm, up_nm, bias_EJ[e], first, last, function, act_RI[rows], pre_RJ[rows])
         _add_to(counters, DONE_IN, 1)
     if not _reaches(counters, DONE_IN, E * parts):
         return False
     parts = (H + FEATURES - 1) // FEATURES
-    held_nH = np.empty((ROWS, FEATURES), pre_RJ.dtype)
     while True:
         item = _add_to(counters, CLAIMED_OUT, 1)
         if item >= parts:
             break
-        first = item * FEATURES
-        last = min(first + FEATURES, H)
-        _project_out(
-            act_RI, tokens_R, order_R, gates_S, starts_E1, proj_out_EHI, first, last, held_nH, out_TH
-        )
+        first, last = item * FEATURES, min((item + 1) * FEATURES, H)
+        out_Tm = out_TH[:, first:last]
+        out_Tm[:] = 0
+        for e in range(E):  # sums in this order
+            rows, ahead_X = slice(starts_E1[e], starts_E1[e + 1]), proj_out_EHI[(e + 1) % E, first:]
+            if rows.start < rows.stop:
+                weights_mI = proj_out_EHI[e, first:last]
+                slots_n, tokens_n = order_R[rows], tokens_R[rows]
+                add_projected(act_RI[rows], weights_mI, gates_S, slots_n, out_Tm, tokens_n, gate_nm, ahead_X)
         _add_to(counters, DONE_OUT, 1)
     return _reaches(counters, DONE_OUT, parts)
 
@@ -115,84 +113,3 @@ def _reaches(counters, index, items):
     while _add_to(counters, index, 0) < items and looks < SPINS:
         looks += 1
     return looks < SPINS
-
-
-@compiled
-def _project_in(x_TH, tokens_R, begin, end, weights_JH, first, last, pre_RJ):
-    """``pre[n, j] = <weights[j], x[tokens[n]]>`` for j in first..last-1 and n in begin..end-1."""
-    for n in range(begin, end, ROWS):
-        rows = slice(n, min(n + ROWS, end))
-        multiply_rows(x_TH, tokens_R[rows], weights_JH[first:last], pre_RJ[rows, first:last])
-
-
-@compiled
-def _activate(pre_RJ, begin, end, bias_EJ, e, first, last, function, act_RI):
-    """Add the bias, then ``act = f(pre)``, gated ``f(gate) * up``, for the neurons first..last-1."""
-    I = act_RI.shape[1]
-    gated = pre_RJ.shape[1] > I
-    for n in range(begin, end):
-        pre_J, act_I = pre_RJ[n], act_RI[n]
-        if len(bias_EJ):
-            for i in range(first, last):
-                pre_J[i] += wide(bias_EJ[e, i])
-                if gated:
-                    pre_J[I + i] += wide(bias_EJ[e, I + i])
-        if function == SILU:  # always gated; alone in its loop it becomes vectors
-            for i in range(first, last):
-                write(act_I, i, pre_J[i] / (1 + _exp(-pre_J[i])) * pre_J[I + i])
-        else:
-            for i in range(first, last):
-                up = pre_J[I + i] if gated else pre_J.dtype.type(1)
-                write(act_I, i, _apply(function, pre_J[i]) * up)
-
-
-@compiled
-def _apply(function, x):
-    if function == GELU:
-        return 0.5 * x * (1 + math.erf(x * math.sqrt(0.5)))
-    if function == GELU_TANH:
-        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-    return 0.0 if x < 0 else x  # NaN stays
-
-
-def _exp(x: Any) -> Any:
-    """In compiled code: exp(x). Of float32 without a call, so that loops become vectors, x cut to -87..88.3.
-
-    exp(x) = 2^n exp(r) with n whole and |r| <= ln 2 / 2, where the Taylor series to r^7 is exact to rounding.
-    """
-    return math.exp(x)
-
-
-@overload(_exp)
-def _(x):  # type: ignore[no-untyped-def]
-    if x != types.float32:
-        return lambda x: math.exp(x)
-    highest, lowest, one, half = np.float32(88.3), np.float32(-87), np.float32(1), np.float32(0.5)
-    log2e, ln2, ln2_rest = np.float32(1 / math.log(2)), np.float32(0.6931457519), np.float32(1.4286067653e-6)
-    c3, c4, c5, c6, c7 = (np.float32(1 / math.factorial(n)) for n in range(3, 8))
-
-    def fast(x):  # type: ignore[no-untyped-def]
-        y = x if x < highest else highest
-        y = y if y > lowest else lowest
-        n = np.floor(y * log2e + half)
-        r = y - n * ln2 - n * ln2_rest  # the second part of ln 2 keeps what the first cannot hold
-        series = one + r * (one + r * (half + r * (c3 + r * (c4 + r * (c5 + r * (c6 + r * c7))))))
-        return series * np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-    return fast
-
-
-@compiled
-def _project_out(act_RI, tokens_R, order_R, gates_S, starts_E1, weights_EHI, first, last, held_nH, out_TH):
-    """``out[t, h] = sum_n gates[order[n]] <weights[e, h], act[n]>`` for h in first..last-1, e ascending."""
-    out_TH[:, first:last] = 0
-    rows_n = np.arange(ROWS)
-    for e in range(weights_EHI.shape[0]):
-        for begin in range(starts_E1[e], starts_E1[e + 1], ROWS):
-            end = min(begin + ROWS, starts_E1[e + 1])
-            multiply_rows(act_RI[begin:end], rows_n[: end - begin], weights_EHI[e, first:last], held_nH)
-            for n in range(begin, end):
-                out_H, held_H = out_TH[tokens_R[n], first:last], held_nH[n - begin]
-                gate = gates_S[order_R[n]]
-                for h in range(last - first):
-                    out_H[h] += gate * held_H[h]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from monge.moe.activations import ACTIVATIONS
-from monge.moe.compute.dot_kernels import MANY_REGISTERS
 from monge.moe.compute.float32_products import fast_float32
 from monge.moe.compute.memory import empty, gradient
 from monge.moe.compute.operator import differentiable, empty_gradients, sum_dtype
@@ -24,6 +23,7 @@ from monge.moe.compute.precision import matrices, product_dtype
 from monge.moe.compute.rows import expert_backward, expert_forward
 from monge.moe.compute.slot_sum import SlotSum
 from monge.moe.compute.spreading import Run, run_experts
+from monge.moe.compute.vectors import MANY_REGISTERS
 from monge.moe.dispatch import Slots, sort_slots
 
 

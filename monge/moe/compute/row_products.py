@@ -1,0 +1,109 @@
+"""Products of an expert's rows with rows of its weights: of a few by dots, of many by panels.
+
+A dot product reads both rows as they lie, and sums across its last vector (dot_kernels.py). In panels weights
+need no such sum, and six rows meet them at a time (panel_kernels.py): with many rows that is worth the copy.
+
+Shapes: T tokens, S slots, n rows of an expert, m rows of weights, X numbers in each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from monge.moe.compute.dot_kernels import multiply_rows
+from monge.moe.compute.panel_kernels import WIDTH, empty_panel, multiply_panel, pack_rows, words
+from monge.moe.compute.vectors import MANY_REGISTERS
+
+ROWS = 64
+"""That meet the same weights at a time in dot products, so that both stay in the cache."""
+PANEL_ROWS = {types.float32: 96, types.uint16: 64}
+"""From so many rows, by dtype, panels are faster."""
+
+
+def empty_sums(x_TX: Any, rows: int, columns: int) -> Any:
+    """In compiled code: (rows, columns) for sums of products with x: float32, of float64 float64."""
+
+
+@overload(empty_sums)
+def _(x_TX, rows, columns):  # type: ignore[no-untyped-def]
+    dtype = np.float64 if x_TX.dtype == types.float64 else np.float32
+    return lambda x_TX, rows, columns: np.empty((rows, columns), dtype)
+
+
+def project(x_TX: Any, rows_n: Any, weights_mX: Any, out_nm: Any, ahead_X: Any) -> None:
+    """In compiled code: ``out[n, m] = <x[rows[n]], weights[m]>``; further columns hold anything afterwards.
+
+    ``ahead``: weights that are needed next, brought into the cache meanwhile.
+    """
+
+
+@overload(project)
+def _(x_TX, rows_n, weights_mX, out_nm, ahead_X):  # type: ignore[no-untyped-def]
+    few, numbers = _panel_rows(x_TX, weights_mX, out_nm)
+
+    def project(x_TX, rows_n, weights_mX, out_nm, ahead_X):  # type: ignore[no-untyped-def]
+        if few and len(rows_n) >= few and x_TX.shape[1] % numbers == 0:
+            words_TK, words_mK, places_n = words(x_TX), words(weights_mX), np.arange(len(rows_n))
+            panel_KW = empty_panel(words_mK, words_mK.shape[1])
+            for first in range(0, len(words_mK), WIDTH):
+                pack_rows(words_mK, first, panel_KW)
+                after = first + WIDTH
+                next_X = weights_mX[after:] if after < len(weights_mX) else ahead_X
+                multiply_panel(words_TK, rows_n, panel_KW, None, out_nm, places_n, first, next_X)
+        else:
+            for n in range(0, len(rows_n), ROWS):
+                multiply_rows(x_TX, rows_n[n : n + ROWS], weights_mX, out_nm[n : n + ROWS])
+
+    return project
+
+
+def add_projected(
+    x_nX: Any,
+    weights_mX: Any,
+    gates_S: Any,
+    order_n: Any,
+    out_Tm: Any,
+    tokens_n: Any,
+    held_nm: Any,
+    ahead_X: Any,
+) -> None:
+    """In compiled code: ``out[tokens[n], m] += gates[order[n]] <weights[m], x[n]>``."""
+
+
+@overload(add_projected)
+def _(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  # type: ignore[no-untyped-def]
+    few, numbers = _panel_rows(x_nX, weights_mX, out_Tm)
+
+    def add(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  # type: ignore[no-untyped-def]
+        N = len(x_nX)
+        if few and len(x_nX) >= few and x_nX.shape[1] % numbers == 0:
+            words_nK, words_mK, rows_n = words(x_nX), words(weights_mX), np.arange(N)
+            gates_n = gates_S[order_n]
+            panel_KW = empty_panel(words_mK, words_mK.shape[1])
+            for first in range(0, len(words_mK), WIDTH):
+                pack_rows(words_mK, first, panel_KW)
+                after = first + WIDTH
+                next_X = weights_mX[after:] if after < len(weights_mX) else ahead_X
+                multiply_panel(words_nK, rows_n, panel_KW, gates_n, out_Tm, tokens_n, first, next_X)
+        else:
+            rows_n = np.arange(ROWS)
+            for begin in range(0, N, ROWS):
+                end = min(begin + ROWS, N)
+                multiply_rows(x_nX[begin:end], rows_n[: end - begin], weights_mX, held_nm)
+                for n in range(begin, end):
+                    out_m, held_m, gate = out_Tm[tokens_n[n]], held_nm[n - begin], gates_S[order_n[n]]
+                    for h in range(len(out_m)):
+                        out_m[h] += gate * held_m[h]
+
+    return add
+
+
+def _panel_rows(x_TX: Any, weights_mX: Any, out_nm: Any) -> tuple[int, int]:
+    """From how many rows of such numbers on panels are used, 0 for never, and how many numbers are a word."""
+    same = x_TX.dtype == weights_mX.dtype and out_nm.dtype == types.float32
+    few = PANEL_ROWS.get(x_TX.dtype, 0) if same and MANY_REGISTERS else 0
+    return few, 32 // x_TX.dtype.bitwidth if few else 1

@@ -1,0 +1,91 @@
+"""What the innermost loops are written with.
+
+numba has no words for vectors, so `dot_kernels` and `panel_kernels` use those of its compiler: these helpers
+write LLVM's instructions into a function that numba compiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
+
+_FEATURES = getattr(config, "CPU_FEATURES", None) or get_host_cpu_features()
+MANY_REGISTERS = "+avx512vl" in _FEATURES
+"""Whether there are 32 vector registers, of 512 bits if asked for: else 16 of 256."""
+MULTIPLIES_BFLOAT16 = MANY_REGISTERS and "+avx512bf16" in _FEATURES
+"""Whether the processor adds products of two bfloat16 to a float32."""
+I16, I32, I64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+NUMBERS = {
+    types.float32: FLOAT,
+    types.float64: ir.DoubleType(),
+    types.uint16: I16,  # the bits of bfloat16
+    types.uint32: I32,  # of two bfloat16
+}
+_CONTRACT = ("contract",)  # a product and a sum may be one instruction
+
+
+class Rows:
+    """Some rows of a matrix whose numbers are contiguous along them."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, kind: Any, matrix: Any, rows: list[Any]) -> None:
+        array = context.make_array(kind)(context, builder, matrix)
+        stride = builder.extract_value(array.strides, 0)
+        begin = builder.ptrtoint(array.data, I64)
+        self.starts = [builder.add(begin, builder.mul(row, stride)) for row in rows]
+        self.length = builder.extract_value(array.shape, 1)
+        self.builder, self.dtype, self.bytes = builder, kind.dtype, kind.dtype.bitwidth // 8
+
+    def pointer(self, row: int, place: Any, kind: Any) -> Any:
+        address = self.builder.mul(place, ir.Constant(I64, self.bytes))
+        return self.builder.inttoptr(self.builder.add(self.starts[row], address), kind.as_pointer())
+
+    def load(self, row: int, place: Any, kind: Any) -> Any:
+        """What begins at ``place``: a number or a vector."""
+        return self.builder.load(self.pointer(row, place, kind), align=self.bytes)
+
+    def wide(self, row: int, place: Any, lanes: int, number: Any) -> Any:
+        """The vector (of one lane, the number) that begins at ``place``, as ``number``."""
+        source, builder = NUMBERS[self.dtype], self.builder
+        values = self.load(row, place, ir.VectorType(source, lanes))
+        if self.dtype == types.uint16:  # the upper halves of float32
+            integers = ir.VectorType(I32, lanes)
+            bits = builder.shl(builder.zext(values, integers), ir.Constant(integers, [16] * lanes))
+            values, source = builder.bitcast(bits, ir.VectorType(FLOAT, lanes)), FLOAT
+        if source == number:
+            return values
+        return (builder.fptrunc if number == FLOAT else builder.fpext)(values, ir.VectorType(number, lanes))
+
+
+def add_product(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
+    """``total + a b`` in every lane; a lane of integers holds two bfloat16, whose two products are added."""
+    if isinstance(a.type.element, ir.IntType):
+        return call(builder, f"x86.avx512bf16.dpbf16ps.{32 * a.type.count}", total.type, total, a, b)
+    return builder.fadd(total, builder.fmul(a, b, flags=_CONTRACT), flags=_CONTRACT)
+
+
+def shuffle(builder: ir.IRBuilder, pair: tuple[Any, ...], lanes: list[int]) -> Any:
+    """The named lanes of one vector, or of two in a row."""
+    return builder.shuffle_vector(pair[0], pair[-1], ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def splat(builder: ir.IRBuilder, number: Any, lanes: int) -> Any:
+    """The number in every lane."""
+    nothing = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.Constant(I32, 0))
+    return shuffle(builder, (first, nothing), [0] * lanes)
+
+
+def first_lanes(builder: ir.IRBuilder, count: Any, lanes: int) -> Any:
+    """A mask of the lanes below ``count``, which may be more than there are, or negative."""
+    numbers = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, splat(builder, count, lanes))
+
+
+def call(builder: ir.IRBuilder, name: str, result: Any, *arguments: Any) -> Any:
+    """One of LLVM's own functions."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
