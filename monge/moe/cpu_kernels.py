@@ -34,7 +34,7 @@ def wide(x: Any) -> Any:
 
 @overload(wide, inline="always")
 def _(x):  # type: ignore[no-untyped-def]
-    if isinstance(x, types.Integer):
+    if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
 

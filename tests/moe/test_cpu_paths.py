@@ -21,13 +21,12 @@ def test_auto_is_a_fixed_table(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     small = {(16, 576, 48): 113, (16, 2048, 128): 48, (16, 64, 8): 128, (16, 576, 256): 48, SHAPE: 48}
     every = 10**6
-    for registers, products, tiles in ((False,) * 3, (True, False, False), (True, True, False), (True,) * 3):
-        monkeypatch.setattr(compute, "MANY_REGISTERS", registers)
-        monkeypatch.setattr(compute, "MULTIPLIES_BFLOAT16", products)
+    for fast, tiles in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(compute, "FAST_PRODUCTS", fast)
         monkeypatch.setattr(precision, "has_tiles", lambda tiles=tiles: tiles)
         for experts, rows in small.items():
-            narrow = 4 if tiles else every if products else 48
-            last = {torch.float32: every if registers else rows, torch.bfloat16: narrow, torch.float64: rows}
+            narrow = 4 if tiles else every if fast else 48
+            last = {torch.float32: every if fast else rows, torch.bfloat16: narrow, torch.float64: rows}
             for dtype, rows in last.items():
                 assert choose_path((16 * rows, 1), experts, dtype, cpu) == "gemv"
                 if rows < every:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,20 +11,23 @@ from numba import njit
 
 from monge.moe.compute import PATHS, row_products
 from monge.moe.compute.panel_kernels import WIDTH, empty_panel, multiply_panel, pack_rows, words
-from monge.moe.compute.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
+from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
 from monge.moe.cpu_kernels import as_array
 
-pytestmark = pytest.mark.skipif(not MANY_REGISTERS, reason="the processor has not the registers")
 narrow = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor does not multiply bfloat16")
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=narrow)]
+DTYPES = [  # of x and weights
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    pytest.param((torch.bfloat16, torch.bfloat16), marks=narrow),
+]
 
 
 @njit
 def product(x_TX, rows_n, weights_mX, gates_n, out_Tm, places_n):
-    panel_KW = empty_panel(weights_mX, words(weights_mX).shape[1])
+    panel_KW = empty_panel(words(x_TX, x_TX))
     for first in range(0, len(weights_mX), WIDTH):
-        pack_rows(words(weights_mX), first, panel_KW)
-        multiply_panel(words(x_TX), rows_n, panel_KW, gates_n, out_Tm, places_n, first, weights_mX)
+        pack_rows(words(weights_mX, x_TX), first, panel_KW)
+        multiply_panel(words(x_TX, x_TX), rows_n, panel_KW, gates_n, out_Tm, places_n, first, weights_mX)
 
 
 def numbers(rows, columns, dtype, seed=0):
@@ -30,13 +35,12 @@ def numbers(rows, columns, dtype, seed=0):
     return torch.randn(rows, columns, generator=rng, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("length", [0, 2, 16, 30, 32, 34, 48, 130])
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 9, 14])
-def test_products(dtype, length, rows):
+def test_products(dtypes, length):
     """Rows chosen from x and written to chosen places, the others left as they were."""
-    for columns in (1, 15, 16, 63, 64, 65, 130):
-        x, weights = numbers(rows + 3, length, dtype), numbers(columns, length, dtype, seed=1)
+    for rows, columns in itertools.product((1, 2, 5, 6, 7, 9, 14), (1, 15, 16, 63, 64, 65, 130)):
+        x, weights = numbers(rows + 3, length, dtypes[0]), numbers(columns, length, dtypes[1], seed=1)
         order = torch.randperm(rows + 3, generator=torch.Generator().manual_seed(rows))
         chosen, places = order[:rows], order.flip(0)[:rows]
         exact = x[chosen].double() @ weights.double().T
@@ -49,9 +53,9 @@ def test_products(dtype, length, rows):
             np.testing.assert_allclose(out, expected.numpy(), rtol=3e-6, atol=3e-6 * (1 + length))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_is_written_beyond_the_columns(dtype):
-    x, weights = torch.ones(8, 34).to(dtype), torch.ones(70, 34).to(dtype)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_nothing_is_written_beyond_the_columns(dtypes):
+    x, weights = torch.ones(8, 34).to(dtypes[0]), torch.ones(70, 34).to(dtypes[1])
     around = np.full((10, 80), -1, np.float32)
     product(as_array(x), np.arange(8), as_array(weights), None, around[1:9, 5:75], np.arange(8))
     assert (around[1:9, 5:75] == 34).all()
@@ -59,26 +63,25 @@ def test_nothing_is_written_beyond_the_columns(dtype):
     assert (around == -1).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_what_is_not_finite_stays_in_its_row(dtype, gated):
+def test_what_is_not_finite_stays_in_its_row(dtypes, gated):
     x = torch.ones(9, 32)
     x[4, 3] = float("nan")
     gates = np.ones(9, np.float32) if gated else None
     out = np.zeros((9, 5), np.float32)
-    product(
-        as_array(x.to(dtype)), np.arange(9), as_array(torch.ones(5, 32).to(dtype)), gates, out, np.arange(9)
-    )
+    weights, every = torch.ones(5, 32).to(dtypes[1]), np.arange(9)
+    product(as_array(x.to(dtypes[0])), every, as_array(weights), gates, out, every)
     assert np.isnan(out[4]).all()
     assert (np.delete(out, 4, axis=0) == 32).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_experts_of_many_rows_and_few(dtype, activation):
     """In one call some experts have rows for panels, others not: as close to float64 as the path `loop`."""
     T, H, I = 400, 96, 80
-    few = max(row_products.PANEL_ROWS.values())
+    few = row_products.PANEL_ROWS
     counts = (few + 5, 3, few - 1, 0)
     indices = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)] + [0] * T)[:T, None]
     x, gates = numbers(T, H, dtype), torch.rand(T, 1, generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,7 @@ from monge.moe.compute.loop import loop
 from monge.moe.compute.masked import masked
 from monge.moe.compute.operator import ComputePath
 from monge.moe.compute.sorted import sorted_by_expert
-from monge.moe.compute.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
+from monge.moe.compute.vectors import FAST_PRODUCTS
 
 PATHS: dict[str, ComputePath] = {
     "loop": loop,
@@ -29,12 +29,11 @@ PATHS: dict[str, ComputePath] = {
 }
 
 # CPU: rows per expert, on average, up to which `gemv` is at least as fast as `sorted`, from
-# `python -m benchmarks.moe_paths`: 0.4 to 0.8 of its time below, 0.7 to 1.1 at 64 rows with AVX2. With the
-# vectors of AVX-512 it is faster at any number: 0.5 to 0.95 of the time up to 1,024 rows.
+# `python -m benchmarks.moe_paths`. With AVX2 or AVX-512 it is at any number, in float32 and bfloat16.
 FEW_ROWS = {torch.float32: 48, torch.bfloat16: 48, torch.float64: 48}
 FEW_ROWS_TILES = 4  # bfloat16 with AMX: decoding alone, where reading the weights is all; not measured
-# Experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at
-# most 128 (bfloat16: 48).
+# Experts so small that Python around their products is most of `sorted`: up to 2^16 / H rows, at most 128
+# (not in bfloat16).
 SMALL, SMALL_ROWS, SMALL_INPUTS = 128, 128, 2**16
 
 # Accelerators: up to how many activations of all experts, T E I, and multiply-adds of a product with them,
@@ -50,10 +49,10 @@ def choose_path(
 
     | device, dtype | rows per expert, T K / E | path |
     |---|---|---|
-    | CPU: float32 with AVX-512, bfloat16 with AVX512-BF16 | any | `gemv` |
-    | CPU: float32, float64, bfloat16 | up to 48 | `gemv` |
-    | CPU: experts of up to 128 neurons, float32, float64 | up to 48, or min(128, 2^16 / H) | `gemv` |
-    | CPU: bfloat16 with AMX | up to 4 | `gemv` |
+    | CPU with AVX2: float32, bfloat16 | any | `gemv` |
+    | CPU with AMX: bfloat16 | up to 4 | `gemv` |
+    | CPU: float64, and without AVX2 float32 and bfloat16 | up to 48 | `gemv` |
+    | the same, experts of up to 128 neurons, not bfloat16 | up to 48, or min(128, 2^16 / H) | `gemv` |
     | CPU, more rows or another dtype | any | `sorted` |
     | accelerator: T E I up to 2^24, T E I H up to 2^35 | any | `masked` |
     | CUDA, more | any | `grouped_mm` |
@@ -72,7 +71,7 @@ def choose_path(
     few, narrow = FEW_ROWS.get(dtype, 0), dtype == torch.bfloat16
     if narrow and precision.has_tiles():
         few = FEW_ROWS_TILES
-    elif MULTIPLIES_BFLOAT16 if narrow else MANY_REGISTERS and dtype == torch.float32:
+    elif FAST_PRODUCTS and dtype in (torch.float32, torch.bfloat16):
         return "gemv"
     elif few and not narrow and I <= SMALL:
         few = max(few, min(SMALL_ROWS, SMALL_INPUTS // H))

@@ -1,11 +1,10 @@
 """Products of many rows with a matrix, whose columns lie in the lanes of vectors, for numba.
 
 The matrix is cut into panels of `WIDTH` columns. A panel is copied so that what meets one number of a row is
-in one piece, and stays in the cache while six rows at a time meet it: 24 vectors of sums stay in registers,
-and every step is four loads and six broadcasts for 24 products. A word is what fills a lane of 32 bits: a
-float32, or two bfloat16 that lie side by side along the summed dimension and are multiplied and added as one.
-
-Written for 512 bits and 32 registers (`MANY_REGISTERS`), bfloat16 for `MULTIPLIES_BFLOAT16`.
+in one piece, and stays in the cache while six rows at a time meet it: their sums stay in registers (24
+vectors of 512 bits with AVX-512, 12 of 256 without), and every step is four loads (two) and six broadcasts
+for 24 products (12). A word is what fills a lane of 32 bits: a float32, or with `MULTIPLIES_BFLOAT16` two
+bfloat16 that lie side by side along the summed dimension and are multiplied and added as one.
 
 Shapes: N rows, K words of each, m columns, n rows of the output, W = `WIDTH`, X numbers = K or 2 K words.
 """
@@ -13,6 +12,7 @@ Shapes: N rows, K words of each, m columns, n rows of the output, W = `WIDTH`, X
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from monge.moe.compute.vectors import (
     FLOAT,
     I32,
     I64,
+    MANY_REGISTERS,
     Rows,
     add_product,
     call,
@@ -32,40 +33,49 @@ from monge.moe.compute.vectors import (
     shuffle,
     splat,
 )
-from monge.moe.cpu_kernels import compiled
+from monge.moe.cpu_kernels import compiled, wide
 
-LANES, VECTORS, ROWS = 16, 4, 6
+LANES, VECTORS = (16, 4) if MANY_REGISTERS else (8, 2)
+ROWS = 6
 WIDTH = LANES * VECTORS
 
 
-def words(matrix_XY: Any) -> Any:
-    """In compiled code: float32 as they are, the bits of bfloat16 in pairs, of which a row has whole ones."""
+def words(matrix_XY: Any, x_TX: Any) -> Any:
+    """In compiled code: the bits of bfloat16 in pairs if x is bfloat16 too, other numbers as they are."""
     return matrix_XY
 
 
 @overload(words)
-def _(matrix_XY):  # type: ignore[no-untyped-def]
-    if matrix_XY.dtype == types.uint16:
-        return lambda matrix_XY: matrix_XY.view(np.uint32)
-    return lambda matrix_XY: matrix_XY
+def _(matrix_XY, x_TX):  # type: ignore[no-untyped-def]
+    if x_TX.dtype == types.uint16:
+        return lambda matrix_XY, x_TX: matrix_XY.view(np.uint32)
+    return lambda matrix_XY, x_TX: matrix_XY
 
 
-def empty_panel(matrix_XY: Any, K: int) -> Any:
-    """In compiled code: a panel (K or a little more, W) of words of the matrix."""
+def empty_panel(words_TK: Any) -> Any:
+    """In compiled code: a panel (K or a little more, W) that rows of such words can meet."""
 
 
 @overload(empty_panel)
-def _(matrix_XY, K):  # type: ignore[no-untyped-def]
-    dtype = np.float32 if matrix_XY.dtype == types.float32 else np.uint32
-    return lambda matrix_XY, K: np.empty(((K + LANES - 1) // LANES * LANES, WIDTH), dtype)
+def _(words_TK):  # type: ignore[no-untyped-def]
+    dtype = np.float32 if words_TK.dtype == types.float32 else np.uint32
+    return lambda words_TK: np.empty((words_TK.shape[1], WIDTH), dtype)
 
 
 @compiled
 def pack_rows(words_mK, first, panel_KW):
-    """``panel[k, c] = words[first + c, k]``; columns beyond the last row are copies of it."""
-    for column in range(0, WIDTH, LANES):
-        for k in range(0, words_mK.shape[1], LANES):
+    """``panel[k, c] = words[first + c, k]``; columns beyond the last row hold anything.
+
+    The words may be bfloat16 one by one, which become float32.
+    """
+    m, K = words_mK.shape
+    for column in range(0, min(WIDTH, m - first), LANES):
+        whole = K - K % LANES if first + column + LANES <= m else 0
+        for k in range(0, whole, LANES):
             _transpose(words_mK, first + column, k, panel_KW, column)
+        for k in range(whole, K):
+            for c in range(column, min(column + LANES, m - first)):
+                panel_KW[k, c] = wide(words_mK[first + c, k])
 
 
 @compiled
@@ -89,19 +99,13 @@ def _write_transpose(typing_context, words_mK, row, place, panel_KW, column):  #
     """``panel[place + k, column + r] = words[row + r, place + k]`` for `LANES` of either."""
 
     def generate(context, builder: ir.IRBuilder, signature, args) -> Any:  # type: ignore[no-untyped-def]
-        integers = ir.VectorType(I32, LANES)
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        last = builder.sub(builder.extract_value(array.shape, 0), ir.Constant(I64, 1))
-        rows = []
-        for r in range(LANES):
-            beyond = builder.add(args[1], ir.Constant(I64, r))
-            rows.append(builder.select(builder.icmp_signed("<", beyond, last), beyond, last))
-        source = Rows(context, builder, signature.args[0], args[0], rows)
-        mask = first_lanes(builder, builder.sub(source.length, args[2]), LANES)
-        vectors = []
-        for r in range(LANES):
-            pointer = source.pointer(r, args[2], integers)
-            vectors.append(_masked_load(builder, pointer, integers, mask))
+        def rows_of(matrix: int, first: Any) -> Rows:
+            rows = [builder.add(first, ir.Constant(I64, r)) for r in range(LANES)]
+            return Rows(context, builder, signature.args[matrix], args[matrix], rows)
+
+        source, panel = rows_of(0, args[1]), rows_of(3, args[2])
+        number = FLOAT if panel.dtype == types.float32 else I32
+        vectors = [source.wide(r, args[2], LANES, number) for r in range(LANES)]
         distance = LANES // 2
         while distance:  # swap the blocks off the diagonal, of half the size each time
             lower = [k if not k & distance else k - distance + LANES for k in range(LANES)]
@@ -112,10 +116,8 @@ def _write_transpose(typing_context, words_mK, row, place, panel_KW, column):  #
                     vectors[r] = shuffle(builder, pair, lower)
                     vectors[r + distance] = shuffle(builder, pair, upper)
             distance //= 2
-        places = [builder.add(args[2], ir.Constant(I64, k)) for k in range(LANES)]
-        panel = Rows(context, builder, signature.args[3], args[3], places)
         for k, vector in enumerate(vectors):
-            builder.store(vector, panel.pointer(k, args[4], integers), align=4)
+            builder.store(vector, panel.pointer(k, args[4], vector.type), align=4)
         return context.get_dummy_value()
 
     return types.void(words_mK, types.int64, types.int64, panel_KW, types.int64), generate
@@ -156,17 +158,22 @@ def _write_block(count: int, context: Any, builder: ir.IRBuilder, signature: Any
     out, adds = rows_of(4, chosen(5)), kinds[3] != types.none
     sums = _sums(builder, x, panel, ahead=builder.ptrtoint(array(8).data, I64), first=n, stride=args[9])
     gates = [splat(builder, gate, LANES) for gate in chosen(3)] if adds else []
-    for v in range(VECTORS):
-        place = builder.add(column, ir.Constant(I64, v * LANES))
-        mask = first_lanes(builder, builder.sub(out.length, place), LANES)
-        for r in range(count):
+    places = [builder.add(column, ir.Constant(I64, v * LANES)) for v in range(VECTORS)]
+
+    def write_all(masks: list[Any]) -> None:
+        for v, r in product(range(VECTORS), range(count)):
             value = sums[r][v]
-            pointer = out.pointer(r, place, value.type)
+            pointer = out.pointer(r, places[v], value.type)
             if adds:
-                before = _masked_load(builder, pointer, value.type, mask)
-                value = add_product(builder, before, gates[r], value)
-            align = ir.Constant(I32, 4)
-            call(builder, f"masked.store.v{LANES}f32.p0", ir.VoidType(), value, pointer, align, mask)
+                value = add_product(builder, _load(builder, pointer, value.type, masks[v]), gates[r], value)
+            _store(builder, value, pointer, masks[v])
+
+    end = builder.add(column, ir.Constant(I64, WIDTH))
+    with builder.if_else(builder.icmp_signed("<=", end, out.length)) as (whole, cut):
+        with whole:
+            write_all([None] * VECTORS)
+        with cut:
+            write_all([first_lanes(builder, builder.sub(out.length, place), LANES) for place in places])
     return context.get_dummy_value()
 
 
@@ -200,8 +207,17 @@ def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
     call(builder, "prefetch.p0", ir.VoidType(), builder.inttoptr(address, I64.as_pointer()), *hints)
 
 
-def _masked_load(builder: ir.IRBuilder, pointer: Any, vector: Any, mask: Any) -> Any:
-    """What is there, zeros in the other lanes."""
-    kind = "f32" if vector.element == FLOAT else "i32"
+def _load(builder: ir.IRBuilder, pointer: Any, vector: Any, mask: Any) -> Any:
+    """The floats of the lanes in the mask, zero in others; of all lanes if it is None."""
+    if mask is None:
+        return builder.load(pointer, align=4)
     arguments = pointer, ir.Constant(I32, 4), mask, ir.Constant(vector, None)
-    return call(builder, f"masked.load.v{LANES}{kind}.p0", vector, *arguments)
+    return call(builder, f"masked.load.v{LANES}f32.p0", vector, *arguments)
+
+
+def _store(builder: ir.IRBuilder, value: Any, pointer: Any, mask: Any) -> None:
+    if mask is None:
+        builder.store(value, pointer, align=4)
+    else:
+        align = ir.Constant(I32, 4)
+        call(builder, f"masked.store.v{LANES}f32.p0", ir.VoidType(), value, pointer, align, mask)

@@ -16,12 +16,12 @@ from numba.extending import overload
 
 from monge.moe.compute.dot_kernels import multiply_rows
 from monge.moe.compute.panel_kernels import WIDTH, empty_panel, multiply_panel, pack_rows, words
-from monge.moe.compute.vectors import MANY_REGISTERS
+from monge.moe.cpu_kernels import compiled
 
 ROWS = 64
 """That meet the same weights at a time in dot products, so that both stay in the cache."""
-PANEL_ROWS = {types.float32: 96, types.uint16: 64}
-"""From so many rows, by dtype, panels are faster."""
+PANEL_ROWS = 64
+"""From so many rows panels are faster."""
 
 
 def empty_sums(x_TX: Any, rows: int, columns: int) -> Any:
@@ -47,13 +47,7 @@ def _(x_TX, rows_n, weights_mX, out_nm, ahead_X):  # type: ignore[no-untyped-def
 
     def project(x_TX, rows_n, weights_mX, out_nm, ahead_X):  # type: ignore[no-untyped-def]
         if few and len(rows_n) >= few and x_TX.shape[1] % numbers == 0:
-            words_TK, words_mK, places_n = words(x_TX), words(weights_mX), np.arange(len(rows_n))
-            panel_KW = empty_panel(words_mK, words_mK.shape[1])
-            for first in range(0, len(words_mK), WIDTH):
-                pack_rows(words_mK, first, panel_KW)
-                after = first + WIDTH
-                next_X = weights_mX[after:] if after < len(weights_mX) else ahead_X
-                multiply_panel(words_TK, rows_n, panel_KW, None, out_nm, places_n, first, next_X)
+            _multiply_panels(x_TX, rows_n, weights_mX, None, out_nm, np.arange(len(rows_n)), ahead_X)
         else:
             for n in range(0, len(rows_n), ROWS):
                 multiply_rows(x_TX, rows_n[n : n + ROWS], weights_mX, out_nm[n : n + ROWS])
@@ -81,14 +75,7 @@ def _(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  
     def add(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  # type: ignore[no-untyped-def]
         N = len(x_nX)
         if few and len(x_nX) >= few and x_nX.shape[1] % numbers == 0:
-            words_nK, words_mK, rows_n = words(x_nX), words(weights_mX), np.arange(N)
-            gates_n = gates_S[order_n]
-            panel_KW = empty_panel(words_mK, words_mK.shape[1])
-            for first in range(0, len(words_mK), WIDTH):
-                pack_rows(words_mK, first, panel_KW)
-                after = first + WIDTH
-                next_X = weights_mX[after:] if after < len(weights_mX) else ahead_X
-                multiply_panel(words_nK, rows_n, panel_KW, gates_n, out_Tm, tokens_n, first, next_X)
+            _multiply_panels(x_nX, np.arange(N), weights_mX, gates_S[order_n], out_Tm, tokens_n, ahead_X)
         else:
             rows_n = np.arange(ROWS)
             for begin in range(0, N, ROWS):
@@ -104,6 +91,19 @@ def _(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  
 
 def _panel_rows(x_TX: Any, weights_mX: Any, out_nm: Any) -> tuple[int, int]:
     """From how many rows of such numbers on panels are used, 0 for never, and how many numbers are a word."""
-    same = x_TX.dtype == weights_mX.dtype and out_nm.dtype == types.float32
-    few = PANEL_ROWS.get(x_TX.dtype, 0) if same and MANY_REGISTERS else 0
-    return few, 32 // x_TX.dtype.bitwidth if few else 1
+    narrow, wide = types.uint16, types.float32
+    kinds = x_TX.dtype, weights_mX.dtype
+    fit = kinds in ((wide, wide), (wide, narrow), (narrow, narrow)) and out_nm.dtype == wide
+    return PANEL_ROWS if fit else 0, 2 if x_TX.dtype == narrow else 1
+
+
+@compiled
+def _multiply_panels(x_TX, rows_n, weights_mX, gates_n, out_Tm, places_n, ahead_X):
+    """`multiply_panel` with all rows of the weights."""
+    words_TK, words_mK = words(x_TX, x_TX), words(weights_mX, x_TX)
+    panel_KW = empty_panel(words_TK)
+    for first in range(0, len(words_mK), WIDTH):
+        pack_rows(words_mK, first, panel_KW)
+        after = first + WIDTH
+        next_X = weights_mX[after:] if after < len(weights_mX) else ahead_X
+        multiply_panel(words_TK, rows_n, panel_KW, gates_n, out_Tm, places_n, first, next_X)
