@@ -53,7 +53,7 @@ def _(matrix_XY, x_TX):  # type: ignore[no-untyped-def]
 
 
 def empty_panel(words_TK: Any) -> Any:
-    """In compiled code: a panel (K or a little more, W) that rows of such words can meet."""
+    """In compiled code: a panel (K, W) that rows of such words can meet."""
 
 
 @overload(empty_panel)
