@@ -77,9 +77,10 @@ def _apply(function, x):
 
 
 def _exp(x: Any) -> Any:
-    """In compiled code: exp(x). Of float32 without a call, so that loops become vectors, x cut to -87..88.3.
+    """In compiled code: exp(x). Of float32 without a call, so that loops become vectors, x at least -87.
 
     exp(x) = 2^n exp(r) with n whole and |r| <= ln 2 / 2, where the Taylor series to r^7 is exact to rounding.
+    From n = 128 on, x above 88.4, it is infinite; also of NaN.
     """
     return math.exp(x)
 
@@ -88,7 +89,7 @@ def _exp(x: Any) -> Any:
 def _(x):  # type: ignore[no-untyped-def]
     if x != types.float32:
         return lambda x: math.exp(x)
-    highest, lowest, one, half = np.float32(88.3), np.float32(-87), np.float32(1), np.float32(0.5)
+    highest, lowest, one, half = np.float32(89), np.float32(-87), np.float32(1), np.float32(0.5)
     log2e, ln2, ln2_rest = np.float32(1 / math.log(2)), np.float32(0.6931457519), np.float32(1.4286067653e-6)
     c3, c4, c5, c6, c7 = (np.float32(1 / math.factorial(n)) for n in range(3, 8))
 

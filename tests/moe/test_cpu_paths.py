@@ -217,6 +217,17 @@ def test_the_compiled_gating_of_bfloat16_rounds_once(name, monkeypatch):
     assert act.backward(grad.clone(), weights, pre)[0].isnan().flatten().nonzero().tolist() == [[4]]
 
 
+def test_silus_gradient_far_from_zero():
+    """Where its exponential leaves what float32 holds the slope is 0 or 1, as torch's in float64."""
+    gates = torch.tensor([-3e38, -1000, -200, -90, -20, 0, 20, 90, 200, 1000, 3e38])
+    pre = torch.stack((gates, torch.ones_like(gates)), dim=1)
+    ones = torch.ones(len(gates), 1)
+    found = ACTIVATIONS["swiglu"].backward(ones.clone(), ones, pre)[2][:, 0]
+    exact = gates.double().requires_grad_()
+    torch.nn.functional.silu(exact).sum().backward()
+    torch.testing.assert_close(found.double(), exact.grad, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("path", [name for name in PATH_NAMES if name != "masked"])
 def test_gates_of_a_wider_dtype(path):
     """Float64 gates of bfloat16 experts: summed in float64, returned in bfloat16."""
