@@ -79,7 +79,7 @@ def test_what_is_not_finite_stays_in_its_row(dtypes, gated):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_experts_of_many_rows_and_few(dtype, activation):
-    """In one call some experts have rows for panels, others not: as close to float64 as the path `loop`."""
+    """In one call some experts have rows for panels, others not: both near the path `loop` in float64."""
     T, H, I = 400, 96, 80
     few = row_products.PANEL_ROWS
     counts = (few + 5, 3, few - 1, 0)

@@ -78,7 +78,6 @@ def _forward(
     act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)
     out = np.empty(x.shape, gates.dtype)
     counters, function = np.zeros(kernels.COUNTERS, np.int64), FUNCTIONS[activation]
-
     threads = 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads()
 
     def work() -> None:

@@ -73,13 +73,13 @@ def _(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  
     few, numbers = _panel_rows(x_nX, weights_mX, out_Tm)
 
     def add(x_nX, weights_mX, gates_S, order_n, out_Tm, tokens_n, held_nm, ahead_X):  # type: ignore[no-untyped-def]
-        N = len(x_nX)
-        if few and len(x_nX) >= few and x_nX.shape[1] % numbers == 0:
-            _multiply_panels(x_nX, np.arange(N), weights_mX, gates_S[order_n], out_Tm, tokens_n, ahead_X)
+        rows = len(x_nX)
+        if few and rows >= few and x_nX.shape[1] % numbers == 0:
+            _multiply_panels(x_nX, np.arange(rows), weights_mX, gates_S[order_n], out_Tm, tokens_n, ahead_X)
         else:
             rows_n = np.arange(ROWS)
-            for begin in range(0, N, ROWS):
-                end = min(begin + ROWS, N)
+            for begin in range(0, rows, ROWS):
+                end = min(begin + ROWS, rows)
                 multiply_rows(x_nX[begin:end], rows_n[: end - begin], weights_mX, held_nm)
                 for n in range(begin, end):
                     out_m, held_m, gate = out_Tm[tokens_n[n]], held_nm[n - begin], gates_S[order_n[n]]
