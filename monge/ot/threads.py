@@ -97,6 +97,21 @@ def on_torch_threads(work: Callable[[], None], threads: int) -> None:
     on_threads(quietly, threads)
 
 
+def openmp_region() -> int:
+    """The address of a C function that calls its first argument with its second on torch's threads.
+
+    It is ``GOMP_parallel(function, data, threads, 0)``, for code that needs no interpreter lock; 0 where
+    torch's threads are out of reach.
+    """
+    return 0 if _forked else _address()
+
+
+@cache
+def _address() -> int:
+    region = _openmp()
+    return 0 if region is None else ctypes.cast(region, ctypes.c_void_p).value or 0
+
+
 @cache
 def _openmp() -> Any:
     """``GOMP_parallel`` of the OpenMP library that torch has loaded, or None."""

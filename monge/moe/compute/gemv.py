@@ -17,8 +17,6 @@ operator.py
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,11 +29,10 @@ from monge.moe.compute.operator import differentiable, sum_dtype
 from monge.moe.compute.precision import product_dtype
 from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
 from monge.moe.cpu_kernels import as_array, sort_by_expert
-from monge.ot.threads import on_threads
+from monge.ot.threads import on_threads, openmp_region
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ALONE = 2**16  # multiply-adds that one thread does faster than it wakes another
-NAP = 2e-5  # seconds
 
 
 def _takes(*weights: Tensor) -> bool:
@@ -80,26 +77,14 @@ def _forward(
     counters, function = np.zeros(kernels.COUNTERS, np.int64), FUNCTIONS[activation]
     threads = 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads()
 
-    def work() -> None:
-        while not kernels.run_experts(
-            x,
-            starts,
-            tokens,
-            order,
-            gates,
-            proj_in,
-            bias,
-            proj_out,
-            function,
-            pre,
-            act,
-            out,
-            counters,
-            threads,
-        ):
-            time.sleep(NAP)
-
-    on_threads(work, threads)
+    arguments = (
+        x, starts, tokens, order, gates, proj_in, bias, proj_out, function, pre, act, out, counters, threads,
+    )  # fmt: skip
+    region = openmp_region() if threads > 1 else 0
+    if region and not kernels.run_on_threads(region, threads, arguments):
+        raise MemoryError("no memory for the sums of an expert: fewer tokens at a time need less")
+    if not region:
+        on_threads(lambda: kernels.run_experts(*arguments), threads)
     out_TH = torch.from_numpy(out).to(hidden_TH.dtype)
     return out_TH, pre_RJ
 

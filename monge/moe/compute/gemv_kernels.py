@@ -23,16 +23,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from monge.moe.activation_kernels import activate
+from monge.moe.compute.region import call_on_threads, nap
 from monge.moe.compute.row_products import ROWS, add_projected, empty_sums, project
 from monge.moe.cpu_kernels import compiled
 
 NEURONS, FEATURES = 128, 64
 """Rows of the input and of the output projection in an item."""
 SPINS = 20_000
-"""Looks at what the other threads have done, some 0.2 ms, before the caller should sleep."""
-CLAIMED_IN, DONE_IN, CLAIMED_OUT, DONE_OUT = 0, 8, 16, 24
+"""Looks at what the other threads have done, some 0.2 ms, before a thread sleeps."""
+CLAIMED_IN, DONE_IN, CLAIMED_OUT = 0, 8, 16
 """Where the counters of items lie, a cache line apart, among `COUNTERS` int64 zeros."""
-COUNTERS = 32
+COUNTERS = 24
 
 
 def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
@@ -51,13 +52,19 @@ _add_to: Any = intrinsic(_atomic_add)
 
 
 @compiled
+def run_on_threads(region, threads, arguments):
+    """`run_experts` with these arguments on the threads of that region; False if memory ran out."""
+    return call_on_threads(region, threads, run_experts, arguments)
+
+
+@compiled
 def run_experts(
     x_TH, starts_E1, tokens_R, order_R, gates_S, proj_in_EJH, bias_EJ, proj_out_EHI, function,
     pre_RJ, act_RI, out_TH, counters, threads,
 ):  # fmt: skip
     """``out_t = sum_k gates_tk expert(x_t)`` by all threads that call this with the same arguments.
 
-    Returns False where other threads are still at their items: the caller sleeps and calls once more.
+    It is whole when all of these calls are back.
 
     Args:
         bias_EJ: (E, J) or (E, 0) for none. function: of `FUNCTIONS`.
@@ -86,8 +93,7 @@ def run_experts(
             project(x_TH, tokens_R[rows], up_mH, up_nm, ahead_X)
             activate(gate_nm, up_nm, bias_EJ[e], first, last, function, act_RI[rows], pre_RJ[rows])
         _add_to(counters, DONE_IN, 1)
-    if not _reaches(counters, DONE_IN, E * parts):
-        return False
+    _wait(counters, DONE_IN, E * parts)
     parts = (H + FEATURES - 1) // FEATURES
     while True:
         item = _add_to(counters, CLAIMED_OUT, 1)
@@ -102,14 +108,13 @@ def run_experts(
                 weights_mI = proj_out_EHI[e, first:last]
                 slots_n, tokens_n = order_R[rows], tokens_R[rows]
                 add_projected(act_RI[rows], weights_mI, gates_S, slots_n, out_Tm, tokens_n, gate_nm, ahead_X)
-        _add_to(counters, DONE_OUT, 1)
-    return _reaches(counters, DONE_OUT, parts)
 
 
 @compiled
-def _reaches(counters, index, items):
-    """Look until all items are done, but not for ever: whoever has the last one may have lost its core."""
+def _wait(counters, index, items):
+    """Look until all items are done. Whoever has the last one may have lost its core: sleep now and then."""
     looks = 0
-    while _add_to(counters, index, 0) < items and looks < SPINS:
+    while _add_to(counters, index, 0) < items:
         looks += 1
-    return looks < SPINS
+        if looks % SPINS == 0:
+            nap()

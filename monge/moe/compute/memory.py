@@ -12,6 +12,7 @@ layer needs (`scratch`).
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from threading import RLock
@@ -91,9 +92,9 @@ _kept = Kept()
 
 def _large_size(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes, or 0 where torch should allocate: small, on an accelerator, or to be filled with NaN."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    fills = torch.are_deterministic_algorithms_enabled()
-    return 0 if like.device.type != "cpu" or size < LARGE or fills else size
+    size = math.prod(shape) * dtype.itemsize
+    small = size < LARGE or like.device.type != "cpu"
+    return 0 if small or torch.are_deterministic_algorithms_enabled() else size
 
 
 def _seen(memory: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
