@@ -61,6 +61,20 @@ def test_the_page_says_what_the_records_say(tmp_path):
     ]
 
 
+def test_the_headline_tells_of_whatever_was_measured(tmp_path):
+    def told(*rows):
+        return headline(read_speed(write_fake_run(tmp_path / str(len(list(tmp_path.iterdir()))), rows)))
+
+    assert told() == "Nothing has been measured yet."
+    step = "A training step of MoE(<8>, 8, 8, 2) in float32 reaches 0.90 of the dense FFN's FLOP/s."
+    whole = "The model as a whole writes 1.00 and reads 1.50 times as fast as the dense one."
+    assert told(TRAINING) == step
+    assert told(*MODELS) == whole
+    assert told(TRAINING, *MODELS) == f"{step} {whole}"
+    assert told(INFERENCE, TRAINING, *MODELS).endswith(f"{step} {whole}")
+    assert told(*MODELS[1:]) == "The model as a whole writes 10.0 tokens a second and reads 150.0."
+
+
 def test_the_same_records_give_the_same_bytes(tmp_path):
     pages = [
         write_report(write_fake_run(tmp_path / name / "run", [INFERENCE, TRAINING, *MODELS])).read_bytes()

@@ -51,10 +51,14 @@ def best_other(figures: dict[str, float]) -> tuple[str, float]:
 
 
 def headline(run: SpeedRun) -> str:
-    """What matters most, in a sentence."""
-    rows = run.of("inference")
-    if not rows:
-        return "Nothing has been measured yet."
+    """What matters most: a sentence for each kind of case that was measured."""
+    told = [*_inference_told(run), *_training_told(run), *_models_told(run)]
+    return " ".join(told) or "Nothing has been measured yet."
+
+
+def _inference_told(run: SpeedRun) -> list[str]:
+    if not (rows := run.of("inference")):
+        return []
     told = [
         f"{row['times_dense'][MONGE]:.1f} times at {row['phase']} ({share(row)} active)"
         for row in rows
@@ -62,11 +66,33 @@ def headline(run: SpeedRun) -> str:
     ]
     least = min(rows, key=lambda row: row["times_dense"][MONGE] / best_other(row["times_dense"])[1])
     edge = least["times_dense"][MONGE] / best_other(least["times_dense"])[1]
-    return (
+    return [
         f"In {rows[0]['dtype']} Monge's experts reach these multiples of the dense FFN's speed: "
         f"{', '.join(told)}; and of the best of transformers' paths {edge:.2f} in the least favourable case "
         f"({least['phase']}, {share(least)}, {least['dtype']})."
-    )
+    ]
+
+
+def _training_told(run: SpeedRun) -> list[str]:
+    return [
+        f"A training step of {row['layer']} in {row['dtype']} reaches {row['flops_of_dense'][MONGE]:.2f} of "
+        "the dense FFN's FLOP/s."
+        for row in run.of("training")
+    ]
+
+
+def _models_told(run: SpeedRun) -> list[str]:
+    rows = {row["name"]: row for row in run.of("model")}
+    if MONGE not in rows:
+        return []
+    decode, prefill = (rows[MONGE][f"{phase}_tokens_per_s"] for phase in ("decode", "prefill"))
+    if DENSE not in rows:
+        return [f"The model as a whole writes {decode:.1f} tokens a second and reads {prefill:.1f}."]
+    base = rows[DENSE]
+    return [
+        f"The model as a whole writes {decode / base['decode_tokens_per_s']:.2f} and reads "
+        f"{prefill / base['prefill_tokens_per_s']:.2f} times as fast as the dense one."
+    ]
 
 
 def tables(run: SpeedRun) -> list[tuple[str, list[str], Rows]]:
