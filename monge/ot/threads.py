@@ -62,7 +62,7 @@ def on_threads(work: Callable[[], None], threads: int) -> None:
         except BaseException as error:
             errors.append(error)
 
-    if (region := _openmp()) is not None and not _forked:
+    if (region := _region()) is not None:
         region(_REGION(call), None, threads, 0)
     else:
         pool = _pools.get(threads)
@@ -78,7 +78,7 @@ def on_threads(work: Callable[[], None], threads: int) -> None:
 
 def torch_threads(device: torch.device) -> int:
     """How many of torch's own threads `on_torch_threads` can use for tensors of ``device``."""
-    within_reach = device.type == "cpu" and not _forked and _openmp() is not None
+    within_reach = device.type == "cpu" and _region() is not None
     return torch.get_num_threads() if within_reach else 1
 
 
@@ -103,13 +103,17 @@ def openmp_region() -> int:
     It is ``GOMP_parallel(function, data, threads, 0)``, for code that needs no interpreter lock; 0 where
     torch's threads are out of reach.
     """
-    return 0 if _forked else _address()
+    return _address() if _region() is not None else 0
+
+
+def _region() -> Any:
+    """``GOMP_parallel``, or None where torch's threads are out of reach."""
+    return None if _forked else _openmp()
 
 
 @cache
 def _address() -> int:
-    region = _openmp()
-    return 0 if region is None else ctypes.cast(region, ctypes.c_void_p).value or 0
+    return ctypes.cast(_openmp(), ctypes.c_void_p).value or 0
 
 
 @cache

@@ -81,10 +81,10 @@ def _forward(
         x, starts, tokens, order, gates, proj_in, bias, proj_out, function, pre, act, out, counters, threads,
     )  # fmt: skip
     region = openmp_region() if threads > 1 else 0
-    if region and not kernels.run_on_threads(region, threads, arguments):
-        raise MemoryError("no memory for the sums of an expert: fewer tokens at a time need less")
     if not region:
         on_threads(lambda: kernels.run_experts(*arguments), threads)
+    elif not kernels.run_on_threads(region, threads, arguments):
+        raise MemoryError("no memory for the sums of an expert: fewer tokens at a time need less")
     out_TH = torch.from_numpy(out).to(hidden_TH.dtype)
     return out_TH, pre_RJ
 
