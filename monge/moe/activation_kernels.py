@@ -1,6 +1,6 @@
 """The non-linearities of experts in compiled loops, forward within `gemv` and backward within every path.
 
-Shapes: n rows of an expert, I its neurons, m some of them, J = 2 I (gated) or I.
+Shapes: n rows of an expert, I its neurons, m those at work, J = 2 I (gated) or I.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from monge.moe.cpu_kernels import compiled, wide, write
+from monge.moe.cpu_kernels import compiled, prefetch, wide, write
 
 SILU, GELU, GELU_TANH, RELU = range(4)
 FUNCTIONS = {
@@ -24,6 +24,8 @@ FUNCTIONS = {
     "relu": RELU,
 }
 """By the names of `monge.moe.activations.ACTIVATIONS`."""
+AHEAD = 8
+"""Rows: memory of the row that is so many further on is asked for, since a part of a row is over too soon."""
 
 
 @compiled
@@ -38,6 +40,10 @@ def activate(gate_nm, up_nm, bias_J, first, last, function, act_nI, pre_nJ):
     I, m_last, one = act_nI.shape[1], last - first, gate_nm.dtype.type(1)
     gated = pre_nJ.shape[1] > I
     for n in range(len(act_nI)):
+        prefetch(act_nI, n + AHEAD, first, last)
+        prefetch(pre_nJ, n + AHEAD, first, last)
+        if gated:
+            prefetch(pre_nJ, n + AHEAD, I + first, I + last)
         gate_m, up_m, act_m = gate_nm[n], up_nm[n], act_nI[n, first:last]
         if len(bias_J):
             _add(bias_J[first:last], gate_m)
@@ -105,33 +111,38 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def swiglu_backward(weights_n, pre_nJ, grad_nI, act_nI, grad_pre_nJ, grad_weights_n):
-    """`Activation.backward` of ``sum_n weights_n <grad_n, silu(gate_n) up_n>`` in one pass over memory.
+def swiglu_backward(weights_n, pre_nJ, grad_nm, first, last, act_nI, grad_pre_nJ, grad_weights_n):
+    """`Activation.backward` of ``sum_n weights_n <grad_n, silu(gate_n) up_n>`` for the neurons first..last-1.
 
-    ``act`` becomes ``weights silu(gate) up``. All but the weights may be uint16, the bits of bfloat16. Every
-    loop is of few arrays: with more the compiler finds no vectors.
+    ``act`` becomes ``weights silu(gate) up``; what these neurons add to the gradient of the weights is added
+    there. All but the weights may be uint16, the bits of bfloat16. Every loop is of few arrays: with more the
+    compiler finds no vectors.
     """
-    I, one = act_nI.shape[1], weights_n.dtype.type(1)
-    silu_I, slope_I = np.empty(I, weights_n.dtype), np.empty(I, weights_n.dtype)
-    for n in range(act_nI.shape[0]):
-        weight = weights_n[n]
-        gate_I, up_I, grad_I, act_I = pre_nJ[n, :I], pre_nJ[n, I:], grad_nI[n], act_nI[n]
-        grad_gate_I, grad_up_I = grad_pre_nJ[n, :I], grad_pre_nJ[n, I:]
-        for i in range(I):
-            gate = wide(gate_I[i])
+    I, m_last, one = act_nI.shape[1], last - first, weights_n.dtype.type(1)
+    silu_m, slope_m = np.empty(m_last, weights_n.dtype), np.empty(m_last, weights_n.dtype)
+    for n in range(len(act_nI)):
+        prefetch(act_nI, n + AHEAD, first, last)
+        for begin in (first, I + first):
+            prefetch(pre_nJ, n + AHEAD, begin, begin + m_last)
+            prefetch(grad_pre_nJ, n + AHEAD, begin, begin + m_last)
+        weight, grad_m, act_m = weights_n[n], grad_nm[n], act_nI[n, first:last]
+        gate_m, up_m = pre_nJ[n, first:last], pre_nJ[n, I + first : I + last]
+        grad_gate_m, grad_up_m = grad_pre_nJ[n, first:last], grad_pre_nJ[n, I + first : I + last]
+        for m in range(m_last):
+            gate = wide(gate_m[m])
             sigmoid = one / (one + _exp(-gate))
-            silu_I[i] = gate * sigmoid
-            slope_I[i] = sigmoid + gate * sigmoid * (one - sigmoid)
+            silu_m[m] = gate * sigmoid
+            slope_m[m] = sigmoid + gate * sigmoid * (one - sigmoid)
         total = grad_weights_n.dtype.type(0)
-        for i in range(I):
-            product = wide(grad_I[i]) * silu_I[i]
-            total += product * wide(up_I[i])
-            write(grad_up_I, i, weight * product)
-        for i in range(I):
-            write(act_I, i, weight * silu_I[i] * wide(up_I[i]))
-        for i in range(I):
-            write(grad_gate_I, i, weight * wide(grad_I[i]) * wide(up_I[i]) * slope_I[i])
-        grad_weights_n[n] = total
+        for m in range(m_last):
+            product = wide(grad_m[m]) * silu_m[m]
+            total += product * wide(up_m[m])
+            write(grad_up_m, m, weight * product)
+        for m in range(m_last):
+            write(act_m, m, weight * silu_m[m] * wide(up_m[m]))
+        for m in range(m_last):
+            write(grad_gate_m, m, weight * wide(grad_m[m]) * wide(up_m[m]) * slope_m[m])
+        grad_weights_n[n] += total
 
 
 @compiled

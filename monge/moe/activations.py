@@ -55,9 +55,10 @@ class Activation:
         gate_nI, up_nI = pre_nJ.chunk(2, dim=-1)
         grad_pre_nJ = torch.empty_like(pre_nJ)
         if self.function is F.silu and _compiled(weights_n1, pre_nJ, grad_nI):
-            act_nI, grad_weights_n1 = torch.empty_like(grad_nI), torch.empty_like(weights_n1)
-            tensors = (weights_n1[:, 0], pre_nJ, grad_nI, act_nI, grad_pre_nJ, grad_weights_n1[:, 0])
-            swiglu_backward(*(as_array(tensor) for tensor in tensors))
+            act_nI, grad_weights_n1 = torch.empty_like(grad_nI), torch.zeros_like(weights_n1)
+            weights_n, grad_weights_n = as_array(weights_n1[:, 0]), as_array(grad_weights_n1[:, 0])
+            pre, grad, act, grad_pre = map(as_array, (pre_nJ, grad_nI, act_nI, grad_pre_nJ))
+            swiglu_backward(weights_n, pre, grad, 0, act.shape[1], act, grad_pre, grad_weights_n)
             return grad_weights_n1, act_nI, grad_pre_nJ
         act_nI = self.function(gate_nI)
         grad_gate_nI, grad_up_nI = grad_pre_nJ.chunk(2, dim=-1)

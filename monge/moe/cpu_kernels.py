@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 # sums may be reordered into vectors; NaN and infinity keep their meaning
@@ -56,6 +58,40 @@ def _(values_X, place, value):  # type: ignore[no-untyped-def]
         values_X[place] = np.uint16(rounded) if value == value else np.uint16(0x7FC0)  # NaN stays
 
     return write_rounded if isinstance(values_X.dtype, types.Integer) else write_plain
+
+
+LINE = 64
+"""Bytes that come from memory at a time."""
+
+
+def emit_prefetch(builder: ir.IRBuilder, address: Any, *, level: int, writes: bool) -> None:
+    """Write the instruction that brings a line into the cache of that level, if so to be written to."""
+    I32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [address.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [address, *(ir.Constant(I32, hint) for hint in (int(writes), 4 - level, 1))])
+
+
+def _prefetch_line(typing_context, values_NX, n, x):  # type: ignore[no-untyped-def]
+    def generate(context, builder: ir.IRBuilder, signature, args):  # type: ignore[no-untyped-def]
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, args[0])
+        place = cgutils.get_item_pointer(context, builder, kind, array, args[1:])
+        emit_prefetch(builder, place, level=1, writes=True)
+        return context.get_dummy_value()
+
+    return types.void(values_NX, types.int64, types.int64), generate
+
+
+_fetch: Any = intrinsic(_prefetch_line)
+
+
+@compiled
+def prefetch(values_NX, n, first, last):
+    """Bring ``values[n, first:last]`` into the cache, to be read or written to soon, if there is that row."""
+    if n < len(values_NX):
+        for x in range(first, last, LINE // values_NX.itemsize):
+            _fetch(values_NX, n, x)
 
 
 @compiled

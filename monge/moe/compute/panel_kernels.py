@@ -11,6 +11,7 @@ Shapes: N rows, K words of each, m columns, n rows of the output, W = `WIDTH`, X
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -33,7 +34,7 @@ from monge.moe.compute.vectors import (
     shuffle,
     splat,
 )
-from monge.moe.cpu_kernels import compiled, wide
+from monge.moe.cpu_kernels import compiled, emit_prefetch, wide
 
 LANES, VECTORS = (16, 4) if MANY_REGISTERS else (8, 2)
 ROWS = 6
@@ -78,21 +79,52 @@ def pack_rows(words_mK, first, panel_KW):
                 panel_KW[k, c] = wide(words_mK[first + c, k])
 
 
+def pack_columns(numbers_XM: Any, first: Any, panel_KW: Any) -> None:
+    """In compiled code: ``panel[k, c] = words[k, first + c]`` for a panel of any width, as by `pack_rows`.
+
+    Here two rows of bfloat16 make words, the last of an odd number with zeros.
+    """
+
+
+@overload(pack_columns)
+def _(numbers_XM, first, panel_KW):  # type: ignore[no-untyped-def]
+    def pack(numbers_XM, first, panel_KW):  # type: ignore[no-untyped-def]
+        for k in range(len(panel_KW)):
+            panel_W = panel_KW[k]
+            numbers_W = numbers_XM[k, first : first + len(panel_W)]
+            for c in range(len(numbers_W)):
+                panel_W[c] = wide(numbers_W[c])
+
+    def pack_pairs(numbers_XM, first, panel_KW):  # type: ignore[no-untyped-def]
+        for k in range(len(panel_KW)):
+            panel_W = panel_KW[k]
+            low_W = numbers_XM[2 * k, first : first + len(panel_W)]
+            if 2 * k + 1 < len(numbers_XM):
+                high_W = numbers_XM[2 * k + 1, first:]
+                for c in range(len(low_W)):
+                    panel_W[c] = np.uint32(low_W[c]) | np.uint32(high_W[c]) << np.uint32(16)
+            else:
+                for c in range(len(low_W)):
+                    panel_W[c] = np.uint32(low_W[c])
+
+    return pack_pairs if panel_KW.dtype == types.uint32 else pack
+
+
 @compiled
-def multiply_panel(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, first, ahead_X):
+def multiply_panel(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, first, ahead_XY):
     """``out[places[n], first + c] = <words[rows[n]], panel[:, c]>`` for all columns c that ``out`` has.
 
     With ``gates_n``, float32, or else None, their multiples are added to what is there. ``ahead``, which is
-    needed next, is brought into the cache on the way: as much of it as a panel has words.
+    needed next, is brought into the cache on the way, row by row: as much of it as a panel has words.
     """
     N = len(rows_n)
     stride = min(64, WIDTH * 4 * ROWS // max(N, 1))
     for n in range(0, N - ROWS + 1, ROWS):
-        _six(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, n, first, ahead_X, stride)
+        _six(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, n, first, ahead_XY, stride)
     for n in range(N - N % ROWS, N - 1, 2):
-        _two(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, n, first, ahead_X, 0)
+        _two(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, n, first, ahead_XY, 0)
     if N % ROWS % 2:
-        _one(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, N - 1, first, ahead_X, 0)
+        _one(words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, N - 1, first, ahead_XY, 0)
 
 
 def _write_transpose(typing_context, words_mK, row, place, panel_KW, column):  # type: ignore[no-untyped-def]
@@ -130,9 +162,9 @@ def _block(count: int) -> Any:
     """What `multiply_panel` does for ``count`` rows from n on; ``stride``: bytes to fetch for every word."""
 
     def write(
-        typing_context, words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, n, first, ahead_X, stride
+        typing_context, words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, n, first, ahead_XY, stride
     ):  # type: ignore[no-untyped-def]
-        arguments = words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, types.int64, types.int64, ahead_X
+        arguments = words_NK, rows_n, panel_KW, gates_n, out_Tm, places_n, types.int64, types.int64, ahead_XY
         return types.void(*arguments, types.int64), partial(_write_block, count)
 
     return intrinsic(write)
@@ -156,38 +188,58 @@ def _write_block(count: int, context: Any, builder: ir.IRBuilder, signature: Any
 
     x, panel = rows_of(0, chosen(1)), rows_of(2, [ir.Constant(I64, 0)])
     out, adds = rows_of(4, chosen(5)), kinds[3] != types.none
-    sums = _sums(builder, x, panel, ahead=builder.ptrtoint(array(8).data, I64), first=n, stride=args[9])
+    ahead = rows_of(8, [ir.Constant(I64, 0)])
+    done = builder.mul(builder.sdiv(n, ir.Constant(I64, ROWS)), x.length)  # words of rows before
+
+    def fetch(k: Any) -> None:
+        _prefetch(builder, ahead, builder.mul(builder.add(done, k), args[9]))
+
+    sums = sums_of_products(builder, x, panel, fetch)
     gates = [splat(builder, gate, LANES) for gate in chosen(3)] if adds else []
-    places = [builder.add(column, ir.Constant(I64, v * LANES)) for v in range(VECTORS)]
 
-    def write_all(masks: list[Any]) -> None:
-        for v, r in product(range(VECTORS), range(count)):
-            value = sums[r][v]
-            pointer = out.pointer(r, places[v], value.type)
-            if adds:
-                value = add_product(builder, _load(builder, pointer, value.type, masks[v]), gates[r], value)
-            _store(builder, value, pointer, masks[v])
+    def write(value: Any, row: int, place: Any, mask: Any) -> None:
+        pointer = out.pointer(row, place, value.type)
+        if adds:
+            held = _load(builder, pointer, value.type, mask)
+            value = add_product(builder, held, gates[row], value)
+        store(builder, value, pointer, mask)
 
-    end = builder.add(column, ir.Constant(I64, WIDTH))
-    with builder.if_else(builder.icmp_signed("<=", end, out.length)) as (whole, cut):
-        with whole:
-            write_all([None] * VECTORS)
-        with cut:
-            write_all([first_lanes(builder, builder.sub(out.length, place), LANES) for place in places])
+    for_all_vectors(builder, sums, column, out.length, write)
     return context.get_dummy_value()
 
 
-def _sums(
-    builder: ir.IRBuilder, x: Rows, panel: Rows, ahead: Any, first: Any, stride: Any
+def for_all_vectors(
+    builder: ir.IRBuilder, sums: list[list[Any]], column: Any, end: Any, write: Callable[..., None]
+) -> None:
+    """``write(vector, row, column, mask)`` for all, in either of two cases.
+
+    All of these columns are before the end and the masks None, or the masks are of the lanes that are.
+    """
+    places = [builder.add(column, ir.Constant(I64, v * LANES)) for v in range(VECTORS)]
+
+    def write_all(masks: list[Any]) -> None:
+        for v, r in product(range(VECTORS), range(len(sums))):
+            write(sums[r][v], r, places[v], masks[v])
+
+    last = builder.add(column, ir.Constant(I64, WIDTH))
+    with builder.if_else(builder.icmp_signed("<=", last, end)) as (whole, cut):
+        with whole:
+            write_all([None] * VECTORS)
+        with cut:
+            write_all([first_lanes(builder, builder.sub(end, place), LANES) for place in places])
+
+
+def sums_of_products(
+    builder: ir.IRBuilder, x: Rows, panel: Rows, meanwhile: Callable[[Any], None] | None = None
 ) -> list[list[Any]]:
-    """For every row of x the vectors of its products with all columns of the panel."""
+    """For every row of x the vectors of its products with the panel; ``meanwhile`` comes at every word k."""
     word = FLOAT if x.dtype == types.float32 else I32
     zeros = ir.Constant(ir.VectorType(FLOAT, LANES), None)
     sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(VECTORS)] for _ in x.starts]
-    done = builder.mul(builder.sdiv(first, ir.Constant(I64, ROWS)), x.length)  # words of rows before
     zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
     with cgutils.for_range_slice(builder, zero, x.length, one, I64) as (k, _):
-        _prefetch(builder, builder.add(ahead, builder.mul(builder.add(done, k), stride)))
+        if meanwhile is not None:
+            meanwhile(k)
         here = builder.mul(k, ir.Constant(I64, WIDTH))
         places = [builder.add(here, ir.Constant(I64, v * LANES)) for v in range(VECTORS)]
         columns = [panel.load(0, place, ir.VectorType(word, LANES)) for place in places]
@@ -201,10 +253,12 @@ def _sums(
 _six, _two, _one = _block(ROWS), _block(2), _block(1)
 
 
-def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
-    """Bring a line of memory into the second cache."""
-    hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # read, keep in the second cache, data
-    call(builder, "prefetch.p0", ir.VoidType(), builder.inttoptr(address, I64.as_pointer()), *hints)
+def _prefetch(builder: ir.IRBuilder, ahead: Rows, place: Any) -> None:
+    """Bring the line with that byte, counted along the rows one after the other, into the second cache."""
+    length = builder.mul(ahead.length, ir.Constant(I64, ahead.bytes))
+    row, within = builder.udiv(place, length), builder.urem(place, length)
+    address = builder.add(builder.add(ahead.starts[0], builder.mul(row, ahead.stride)), within)
+    emit_prefetch(builder, builder.inttoptr(address, I64.as_pointer()), level=2, writes=False)
 
 
 def _load(builder: ir.IRBuilder, pointer: Any, vector: Any, mask: Any) -> Any:
@@ -215,9 +269,13 @@ def _load(builder: ir.IRBuilder, pointer: Any, vector: Any, mask: Any) -> Any:
     return call(builder, f"masked.load.v{LANES}f32.p0", vector, *arguments)
 
 
-def _store(builder: ir.IRBuilder, value: Any, pointer: Any, mask: Any) -> None:
+def store(builder: ir.IRBuilder, value: Any, pointer: Any, mask: Any) -> None:
+    """The lanes in the mask, or all if it is None."""
+    number = value.type.element
+    bits = 32 if number == FLOAT else number.width
     if mask is None:
-        builder.store(value, pointer, align=4)
+        builder.store(value, pointer, align=bits // 8)
     else:
-        align = ir.Constant(I32, 4)
-        call(builder, f"masked.store.v{LANES}f32.p0", ir.VoidType(), value, pointer, align, mask)
+        kind, align = "f32" if number == FLOAT else f"i{bits}", ir.Constant(I32, bits // 8)
+        name = f"masked.store.v{LANES}{kind}.p0"
+        call(builder, name, ir.VoidType(), value, pointer, align, mask)

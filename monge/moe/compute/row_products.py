@@ -1,9 +1,9 @@
-"""Products of an expert's rows with rows of its weights: of a few by dots, of many by panels.
+"""Products of an expert's rows with rows or columns of its weights: of a few by dots, of many by panels.
 
 A dot product reads both rows as they lie, and sums across its last vector (dot_kernels.py). In panels weights
 need no such sum, and six rows meet them at a time (panel_kernels.py): with many rows that is worth the copy.
 
-Shapes: T tokens, S slots, n rows of an expert, m rows of weights, X numbers in each.
+Shapes: T tokens, S slots, n rows of an expert, m rows of weights, X numbers in each, or m columns of M.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from numba import types
 from numba.extending import overload
 
 from monge.moe.compute.dot_kernels import multiply_rows
-from monge.moe.compute.panel_kernels import WIDTH, empty_panel, multiply_panel, pack_rows, words
+from monge.moe.compute.panel_kernels import (
+    WIDTH,
+    empty_panel,
+    multiply_panel,
+    pack_columns,
+    pack_rows,
+    words,
+)
 from monge.moe.cpu_kernels import compiled
 
 ROWS = 64
@@ -107,3 +114,18 @@ def _multiply_panels(x_TX, rows_n, weights_mX, gates_n, out_Tm, places_n, ahead_
         after = first + WIDTH
         next_X = weights_mX[after:] if after < len(weights_mX) else ahead_X
         multiply_panel(words_TK, rows_n, panel_KW, gates_n, out_Tm, places_n, first, next_X)
+
+
+@compiled
+def multiply_columns(x_nX, weights_XM, first, last, out_nm, ahead_XY):
+    """``out[n, m] = sum_k x[n, k] weights[k, first + m]`` by panels; columns from ``last`` on hold anything.
+
+    An even number of bfloat16 makes words.
+    """
+    words_nK, rows_n = words(x_nX, x_nX), np.arange(len(x_nX))
+    panel_KW = empty_panel(words_nK)
+    for column in range(first, last, WIDTH):
+        pack_columns(weights_XM, column, panel_KW)
+        after = column + WIDTH
+        next_XY = weights_XM[:, after : after + WIDTH] if after < weights_XM.shape[1] else ahead_XY
+        multiply_panel(words_nK, rows_n, panel_KW, None, out_nm, rows_n, column - first, next_XY)

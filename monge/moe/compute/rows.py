@@ -9,9 +9,11 @@ Shapes: n rows of this expert, H model width, I expert width, J = 2 I (gated) or
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, mm
 
 from monge.moe.activations import Activation
+from monge.moe.compute import column_products as columns
 
 
 def mm_into(out: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -55,23 +57,41 @@ def expert_backward(
     grad_out_HI: Tensor | None,
     grad_bias_J: Tensor | None,
     grad_hidden_nH: Tensor | None,
+    alone: bool = False,
 ) -> Tensor:
     """Gradients of sum_n weights_n <grad_n, expert(hidden_n)>; returns that of the weights, (n,).
 
     Those of the projections, the bias and the rows are written to the other ``grad_`` arguments where there
-    are any. The output y = act Wd^T is not needed: <grad, y> = <grad Wd, act>.
+    are any. The output y = act Wd^T is not needed: <grad, y> = <grad Wd, act>. ``alone``: this thread has the
+    expert to itself.
     """
-    grad_act_nI = mm(grad_nH, proj_out_HI)
-    grad_weights_n1, weighted_nI, grad_pre_nJ = activation.backward(
-        grad_act_nI, weights_n[:, None], pre_nJ.to(grad_nH.dtype)
-    )
+    written = (grad_in_JH, grad_out_HI)
+    panels = alone and columns.fit(grad_nH, weights_n, (proj_out_HI, proj_in_JH), written, grad_hidden_nH)
+    multiply, outer = (columns.multiply, columns.outer) if panels else (_multiply, _outer)
+    if panels and activation.function is F.silu:
+        grad_weights_n1, weighted_nI, grad_pre_nJ = columns.through_swiglu(
+            grad_nH, proj_out_HI, weights_n, pre_nJ, proj_in_JH
+        )
+    else:
+        grad_act_nI = mm(grad_nH, proj_out_HI)
+        grad_weights_n1, weighted_nI, grad_pre_nJ = activation.backward(
+            grad_act_nI, weights_n[:, None], pre_nJ.to(grad_nH.dtype)
+        )
     if grad_out_HI is not None:
-        mm_into(grad_out_HI, grad_nH.t(), weighted_nI)
+        outer(grad_nH, weighted_nI, grad_out_HI)
     if grad_in_JH is not None:
         assert hidden_nH is not None
-        mm_into(grad_in_JH, grad_pre_nJ.t(), hidden_nH)
+        outer(grad_pre_nJ, hidden_nH, grad_in_JH)
     if grad_bias_J is not None:
         grad_bias_J.copy_(torch.sum(grad_pre_nJ, dim=0))
     if grad_hidden_nH is not None:
-        mm_into(grad_hidden_nH, grad_pre_nJ, proj_in_JH)
+        multiply(grad_pre_nJ, proj_in_JH, grad_hidden_nH)
     return grad_weights_n1.squeeze(1)
+
+
+def _multiply(a_nX: Tensor, b_XM: Tensor, out_nM: Tensor) -> None:
+    mm_into(out_nM, a_nX, b_XM)
+
+
+def _outer(a_nX: Tensor, b_nY: Tensor, out_XY: Tensor) -> None:
+    mm_into(out_XY, a_nX.t(), b_nY)

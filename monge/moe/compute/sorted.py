@@ -68,7 +68,7 @@ def forward(
         proj_in, proj_out = matrices(proj_in_EJH, dtype), matrices(proj_out_EHI, dtype)
         hidden = _gatherer(hidden_TH, slots)
 
-        def run(e: int, rows: slice, out_nH: Tensor | None) -> None:
+        def run(e: int, rows: slice, out_nH: Tensor | None, alone: bool) -> None:
             if rows.start < rows.stop:
                 bias_J = bias_EJ[e] if bias_EJ is not None else None
                 pre_nJ = pre_RJ[rows] if keep else None
@@ -112,7 +112,7 @@ def backward(
         dy = _gatherer(grad_TH, slots)
         hidden = _gatherer(hidden_TH, slots) if hidden_TH is not None else None
 
-        def run(e: int, rows: slice, grad_hidden_nH: Tensor | None) -> None:
+        def run(e: int, rows: slice, grad_hidden_nH: Tensor | None, alone: bool) -> None:
             grad_in_JH = grad_in_EJH[e] if needs[2] else None
             grad_out_HI = grad_out_EHI[e] if needs[3] else None
             grad_bias_J = grad_bias_EJ[e] if needs[4] else None
@@ -133,6 +133,7 @@ def backward(
                 grad_out_HI,
                 grad_bias_J,
                 grad_hidden_nH,
+                alone,
             )
 
         return run

@@ -13,14 +13,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from monge.moe.compute.slot_sum import SlotSum
 from monge.moe.dispatch import Slots
 from monge.ot.threads import on_torch_threads, torch_threads
 
-Run = Callable[[int, slice, Tensor | None], None]
-"""Computes one expert: its number, its rows, and where to write what is summed into the tokens (n, H)."""
+Run = Callable[[int, slice, Tensor | None, bool], None]
+"""Computes one expert: its number, its rows, where to write what is summed into the tokens (n, H), and
+whether this thread has it to itself."""
 
 
 def run_experts(slots: Slots, slot_sum: SlotSum | None, make: Callable[[], Run]) -> None:
@@ -35,14 +37,15 @@ def run_experts(slots: Slots, slot_sum: SlotSum | None, make: Callable[[], Run])
     for experts in _rounds(slots, slot_sum):
         sizes = [rows.stop - rows.start for _, rows, _ in experts]
         spread = threads > 1 and threads * max(sizes) <= sum(sizes)
+        alone = spread or torch.get_num_threads() == 1
         if spread:  # the largest first, so that threads end together
             experts.sort(key=lambda expert: expert[1].start - expert[1].stop)
         left = iter(experts)  # whose steps are one at a time, under the interpreter lock
 
-        def work(left: Iterable[tuple[int, slice, Tensor | None]] = left) -> None:
+        def work(left: Iterable[tuple[int, slice, Tensor | None]] = left, alone: bool = alone) -> None:
             run = idle.pop() if idle else make()
             for expert in left:
-                run(*expert)
+                run(*expert, alone)
             idle.append(run)
 
         if spread:

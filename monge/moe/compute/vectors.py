@@ -35,9 +35,9 @@ class Rows:
 
     def __init__(self, context: Any, builder: ir.IRBuilder, kind: Any, matrix: Any, rows: list[Any]) -> None:
         array = context.make_array(kind)(context, builder, matrix)
-        stride = builder.extract_value(array.strides, 0)
+        self.stride = builder.extract_value(array.strides, 0)  # bytes
         begin = builder.ptrtoint(array.data, I64)
-        self.starts = [builder.add(begin, builder.mul(row, stride)) for row in rows]
+        self.starts = [builder.add(begin, builder.mul(row, self.stride)) for row in rows]
         self.length = builder.extract_value(array.shape, 1)
         self.builder, self.dtype, self.bytes = builder, kind.dtype, kind.dtype.bitwidth // 8
 
@@ -60,6 +60,43 @@ class Rows:
         if source == number:
             return values
         return (builder.fptrunc if number == FLOAT else builder.fpext)(values, ir.VectorType(number, lanes))
+
+
+class Columns(Rows):
+    """Some columns of a matrix: of each ``length`` numbers, a row apart."""
+
+    def __init__(
+        self, context: Any, builder: ir.IRBuilder, kind: Any, matrix: Any, columns: list[Any]
+    ) -> None:
+        super().__init__(context, builder, kind, matrix, [ir.Constant(I64, 0)])
+        within = [builder.mul(column, ir.Constant(I64, self.bytes)) for column in columns]
+        self.starts = [builder.add(self.starts[0], place) for place in within]
+        array = context.make_array(kind)(context, builder, matrix)
+        self.length = builder.extract_value(array.shape, 0)
+
+    def pointer(self, row: int, place: Any, kind: Any) -> Any:
+        address = self.builder.add(self.starts[row], self.builder.mul(place, self.stride))
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+
+class _BFloat(ir.Type):
+    """LLVM's name for bfloat16, which llvmlite does not have."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def narrowed(builder: ir.IRBuilder, values: Any) -> Any:
+    """Float32 rounded to the bits of bfloat16, by the instruction that comes with `MULTIPLIES_BFLOAT16`."""
+    lanes = values.type.count
+    rounded = builder.fptrunc(values, ir.VectorType(_BFloat(), lanes))
+    return builder.bitcast(rounded, ir.VectorType(I16, lanes))
 
 
 def add_product(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:

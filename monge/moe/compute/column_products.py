@@ -1,0 +1,90 @@
+"""The gradients of an expert that a thread has to itself: products along columns, by compiled panels.
+
+In the forward pass hidden states meet rows of the weights, in the backward columns, and rows of hidden states
+one another. Panels are ahead of the libraries there with AVX-512, above all where weights and their gradients
+come from memory: what is next is asked for while the processor multiplies (docs/performance.md). The gradient
+of the activations is never written: SiLU is differentiated while it is in the cache.
+
+Shapes: n rows of the expert, H model width, I expert width, J = 2 I, m neurons at work, X by M any matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monge.moe.activation_kernels import swiglu_backward
+from monge.moe.compute import precision
+from monge.moe.compute.outer_kernels import multiply_outer
+from monge.moe.compute.panel_kernels import WIDTH
+from monge.moe.compute.row_products import PANEL_ROWS, multiply_columns
+from monge.moe.compute.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
+from monge.moe.cpu_kernels import as_array, compiled
+
+NEURONS = 128
+
+
+def fit(
+    grad_nH: Tensor,
+    gates_n: Tensor,
+    weights: Sequence[Tensor],
+    grad_weights: Sequence[Tensor | None],
+    grad_hidden_nH: Tensor | None,
+) -> bool:
+    """Whether the gradients of an expert with these rows and weights are faster here than by torch."""
+    dtype = grad_nH.dtype
+    narrow = MULTIPLIES_BFLOAT16 and not precision.has_tiles()
+    fast = {torch.float32: MANY_REGISTERS, torch.bfloat16: narrow}.get(dtype, False)
+    given = [grad_nH, *weights, *(grad for grad in grad_weights if grad is not None)]
+    same = all(x.device.type == "cpu" and x.dtype == dtype and x.is_contiguous() for x in given)
+    words = dtype == torch.float32 or all(len(matrix) % 2 == 0 for matrix in weights)
+    sums = {x.dtype for x in (gates_n, grad_hidden_nH) if x is not None} == {torch.float32}
+    return fast and same and words and sums and len(grad_nH) >= PANEL_ROWS
+
+
+def multiply(rows_nX: Tensor, weights_XM: Tensor, out_nM: Tensor) -> None:
+    """``out = rows weights``, in float32."""
+    _multiply(as_array(rows_nX), as_array(weights_XM), as_array(out_nM))
+
+
+def outer(a_nX: Tensor, b_nY: Tensor, out_XY: Tensor) -> None:
+    """``out = a^T b``; all of one dtype."""
+    multiply_outer(as_array(a_nX), as_array(b_nY), as_array(out_XY))
+
+
+def through_swiglu(
+    grad_nH: Tensor, proj_out_HI: Tensor, weights_n: Tensor, pre_nJ: Tensor, ahead_JH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Activation.backward` of SwiGLU for the gradient ``grad proj_out`` of its output.
+
+    Args:
+        weights_n: float32.
+        ahead_JH: the weights whose columns are needed next.
+    """
+    n, J = pre_nJ.shape
+    act_nI, grad_pre_nJ = grad_nH.new_empty((n, J // 2)), grad_nH.new_empty((n, J))
+    grad_weights_n = torch.zeros_like(weights_n)
+    given = (grad_nH, proj_out_HI, weights_n, pre_nJ, ahead_JH)
+    _through_swiglu(*(as_array(tensor) for tensor in (*given, act_nI, grad_pre_nJ, grad_weights_n)))
+    return grad_weights_n[:, None], act_nI, grad_pre_nJ
+
+
+@compiled
+def _multiply(rows_nX, weights_XM, out_nM):
+    M = weights_XM.shape[1]
+    multiply_columns(rows_nX, weights_XM, 0, M, out_nM, weights_XM[:, :WIDTH])
+
+
+@compiled
+def _through_swiglu(
+    grad_nH, proj_out_HI, weights_n, pre_nJ, ahead_JH, act_nI, grad_pre_nJ, grad_weights_n
+):  # fmt: skip
+    grad_nm = np.empty((len(grad_nH), NEURONS), np.float32)
+    I = proj_out_HI.shape[1]
+    for first in range(0, I, NEURONS):
+        last = min(first + NEURONS, I)
+        multiply_columns(grad_nH, proj_out_HI, first, last, grad_nm, ahead_JH[:, :WIDTH])
+        swiglu_backward(weights_n, pre_nJ, grad_nm, first, last, act_nI, grad_pre_nJ, grad_weights_n)
