@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
@@ -19,6 +18,7 @@ from numba.extending import intrinsic, overload
 from monge.moe.compute.panel_kernels import (
     ROWS,
     WIDTH,
+    empty_words,
     for_all_vectors,
     pack_columns,
     store,
@@ -36,15 +36,15 @@ def multiply_outer(a_nX, b_nY, out_XY):
     """``out[x, y] = sum_n a[n, x] b[n, y]``; all of one dtype: float32, or the bits of bfloat16."""
     X, Y = out_XY.shape
     panels, K = (Y + WIDTH - 1) // WIDTH, _words_of(a_nX)
-    right, left_KL = _empty(a_nX, (panels, K, WIDTH)), _empty(a_nX, (K, LEFT))
+    right, left_KL = empty_words(b_nY, panels * K, WIDTH), empty_words(a_nX, K, LEFT)
     for panel in range(panels):
-        pack_columns(b_nY, panel * WIDTH, right[panel])
+        pack_columns(b_nY, panel * WIDTH, right[panel * K : (panel + 1) * K])
     for first in range(0, X, LEFT):
         pack_columns(a_nX, first, left_KL)
         count = min(LEFT, X - first)
         sixes, twos = count - count % ROWS, count - count % 2
         for panel in range(panels):
-            right_KW, column = right[panel], panel * WIDTH
+            right_KW, column = right[panel * K : (panel + 1) * K], panel * WIDTH
             for x in range(0, sixes, ROWS):
                 _six(left_KL, x, right_KW, out_XY, first + x, column)
             for x in range(sixes, twos, 2):
@@ -62,16 +62,6 @@ def _(x_nX):  # type: ignore[no-untyped-def]
     if x_nX.dtype == types.uint16:
         return lambda x_nX: (len(x_nX) + 1) // 2
     return lambda x_nX: len(x_nX)
-
-
-def _empty(x_nX: Any, shape: Any) -> Any:
-    """In compiled code: memory for such words."""
-
-
-@overload(_empty)
-def _(x_nX, shape):  # type: ignore[no-untyped-def]
-    dtype = np.float32 if x_nX.dtype == types.float32 else np.uint32
-    return lambda x_nX, shape: np.empty(shape, dtype)
 
 
 def _block(count: int) -> Any:

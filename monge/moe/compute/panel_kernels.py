@@ -34,7 +34,7 @@ from monge.moe.compute.vectors import (
     shuffle,
     splat,
 )
-from monge.moe.cpu_kernels import compiled, emit_prefetch, wide
+from monge.moe.cpu_kernels import LINE, compiled, emit_prefetch, wide
 
 LANES, VECTORS = (16, 4) if MANY_REGISTERS else (8, 2)
 ROWS = 6
@@ -53,14 +53,30 @@ def _(matrix_XY, x_TX):  # type: ignore[no-untyped-def]
     return lambda matrix_XY, x_TX: matrix_XY
 
 
-def empty_panel(words_TK: Any) -> Any:
-    """In compiled code: a panel (K, W) that rows of such words can meet."""
+def empty_words(numbers_XY: Any, rows: Any, columns: Any) -> Any:
+    """In compiled code: (rows, columns) for words of such numbers, from the beginning of a line of the cache.
+
+    A vector that is written across two lines takes four times as long.
+    """
 
 
-@overload(empty_panel)
-def _(words_TK):  # type: ignore[no-untyped-def]
-    dtype = np.float32 if words_TK.dtype == types.float32 else np.uint32
-    return lambda words_TK: np.empty((words_TK.shape[1], WIDTH), dtype)
+@overload(empty_words)
+def _(numbers_XY, rows, columns):  # type: ignore[no-untyped-def]
+    dtype = np.float32 if numbers_XY.dtype == types.float32 else np.uint32
+
+    def empty(numbers_XY, rows, columns):  # type: ignore[no-untyped-def]
+        size = rows * columns
+        memory = np.empty(size + LINE // 4, dtype)
+        first = -memory.ctypes.data % LINE // 4
+        return memory[first : first + size].reshape(rows, columns)
+
+    return empty
+
+
+@compiled
+def empty_panel(words_TK):
+    """A panel (K, W) that rows of such words can meet."""
+    return empty_words(words_TK, words_TK.shape[1], WIDTH)
 
 
 @compiled
