@@ -73,7 +73,8 @@ def _forward(
     pre_RJ = empty(hidden_TH, (len(tokens) if keep else 0, J))
     pre = as_array(pre_RJ)
     act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)
-    out = np.empty(x.shape, gates.dtype)
+    out_TH = hidden_TH.new_empty(hidden_TH.shape)
+    out = as_array(out_TH)
     counters, function = np.zeros(kernels.COUNTERS, np.int64), FUNCTIONS[activation]
     threads = 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads()
 
@@ -85,7 +86,6 @@ def _forward(
         on_threads(lambda: kernels.run_experts(*arguments), threads)
     elif not kernels.run_on_threads(region, threads, arguments):
         raise MemoryError("no memory for the sums of an expert: fewer tokens at a time need less")
-    out_TH = torch.from_numpy(out).to(hidden_TH.dtype)
     return out_TH, pre_RJ
 
 

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from monge.moe.activation_kernels import activate
+from monge.moe.activation_kernels import AHEAD, activate
 from monge.moe.compute.region import call_on_threads, nap
 from monge.moe.compute.row_products import ROWS, add_projected, empty_sums, project
-from monge.moe.cpu_kernels import compiled
+from monge.moe.cpu_kernels import compiled, prefetch, write
 
 NEURONS, FEATURES = 128, 64
 """Rows of the input and of the output projection in an item."""
@@ -68,8 +69,8 @@ def run_experts(
 
     Args:
         bias_EJ: (E, J) or (E, 0) for none. function: of `FUNCTIONS`.
-        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold; act has the dtype of x; pre is (0, J) if
-            the pre-activations are not to be kept.
+        pre_RJ, act_RI, out_TH: are overwritten, whatever they hold; act has the dtype of x, sums that of the
+            gates; pre is (0, J) if the pre-activations are not to be kept.
         counters: int64, `COUNTERS` zeros.
         threads: that call this.
     """
@@ -95,19 +96,24 @@ def run_experts(
         _add_to(counters, DONE_IN, 1)
     _wait(counters, DONE_IN, E * parts)
     parts = (H + FEATURES - 1) // FEATURES
+    sums_Tm = np.empty((len(x_TH), FEATURES), gates_S.dtype)  # columns of out are too far apart for the cache
     while True:
         item = _add_to(counters, CLAIMED_OUT, 1)
         if item >= parts:
             break
         first, last = item * FEATURES, min((item + 1) * FEATURES, H)
-        out_Tm = out_TH[:, first:last]
-        out_Tm[:] = 0
+        here_Tm = sums_Tm[:, : last - first]
+        here_Tm[:] = 0
         for e in range(E):  # sums in this order
             rows, ahead_X = slice(starts_E1[e], starts_E1[e + 1]), proj_out_EHI[(e + 1) % E, first:]
             if rows.start < rows.stop:
                 weights_mI = proj_out_EHI[e, first:last]
                 slots_n, tokens_n = order_R[rows], tokens_R[rows]
-                add_projected(act_RI[rows], weights_mI, gates_S, slots_n, out_Tm, tokens_n, gate_nm, ahead_X)
+                add_projected(act_RI[rows], weights_mI, gates_S, slots_n, here_Tm, tokens_n, gate_nm, ahead_X)
+        for t in range(len(out_TH)):
+            prefetch(out_TH, t + AHEAD, first, last)
+            for m in range(last - first):
+                write(out_TH[t], first + m, sums_Tm[t, m])
 
 
 @compiled
