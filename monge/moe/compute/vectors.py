@@ -79,24 +79,19 @@ class Columns(Rows):
         return self.builder.inttoptr(address, kind.as_pointer())
 
 
-class _BFloat(ir.Type):
-    """LLVM's name for bfloat16, which llvmlite does not have."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
 def narrowed(builder: ir.IRBuilder, values: Any) -> Any:
-    """Float32 rounded to the bits of bfloat16, by the instruction that comes with `MULTIPLIES_BFLOAT16`."""
+    """Float32 rounded to the nearest bfloat16, as bits; NaN stays NaN (`cpu_kernels.write`, of a vector)."""
     lanes = values.type.count
-    rounded = builder.fptrunc(values, ir.VectorType(_BFloat(), lanes))
-    return builder.bitcast(rounded, ir.VectorType(I16, lanes))
+    integers, halves = (ir.VectorType(kind, lanes) for kind in (I32, I16))
+
+    def every(number: int, kind: Any = integers) -> ir.Constant:
+        return ir.Constant(kind, [number] * lanes)
+
+    bits = builder.bitcast(values, integers)
+    even = builder.and_(builder.lshr(bits, every(16)), every(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, every(0x7FFF)), even), every(16))
+    missing = builder.fcmp_unordered("uno", values, values)
+    return builder.select(missing, every(0x7FC0, halves), builder.trunc(rounded, halves))
 
 
 def add_product(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
