@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from path_cases import FUNCTIONS, UNGATED, assert_same, formula, gradients, problem
+from path_cases import FUNCTIONS, UNGATED, formula, gradients, problem
 
 from monge.moe.activations import ACTIVATIONS
 from monge.moe.compute import PATHS, column_products, precision, rows
@@ -82,7 +82,7 @@ def test_outer_products(dtype, count):
     for X, Y in itertools.product((1, 2, 5, 6, 9, LEFT - 1, LEFT, LEFT + 3), (1, 15, 16, 63, 64, 65, 130)):
         a, b = numbers(count, X, dtype=dtype), numbers(count, Y, dtype=dtype, seed=1)
         around = torch.full((X + 2, Y), 7, dtype=dtype)
-        multiply_outer(as_array(a), as_array(b), as_array(around)[1 : X + 1])
+        multiply_outer(as_array(a), as_array(b), 0, X, as_array(around)[1 : X + 1])
         assert close(around[1 : X + 1], a.double().T @ b.double(), count, dtype)
         assert (around[[0, -1]] == 7).all()
 
@@ -91,7 +91,7 @@ def test_outer_products(dtype, count):
 def test_outer_products_write_no_further_columns(dtype):
     a, b = torch.ones(6, 70, dtype=dtype), torch.ones(6, 70, dtype=dtype)
     around = torch.full((70, 80), -1, dtype=dtype)
-    multiply_outer(as_array(a), as_array(b), as_array(around)[:, 5:75])
+    multiply_outer(as_array(a), as_array(b), 0, 70, as_array(around)[:, 5:75])
     assert (around[:, 5:75] == 6).all()
     around[:, 5:75] = -1
     assert (around == -1).all()
@@ -102,7 +102,7 @@ def test_what_is_not_finite_stays_in_its_column(dtype):
     a, b = torch.ones(8, 10, dtype=dtype), torch.ones(8, 20, dtype=dtype)
     a[3, 4], b[2, 7] = float("nan"), float("inf")
     out = torch.empty(10, 20, dtype=dtype)
-    multiply_outer(as_array(a), as_array(b), as_array(out))
+    multiply_outer(as_array(a), as_array(b), 0, 10, as_array(out))
     assert out[4].isnan().all()
     assert not out[[*range(4), *range(5, 10)]].isnan().any()
     assert (out[:4, 7] == float("inf")).all()
@@ -180,18 +180,19 @@ def spy(monkeypatch):
     return used
 
 
-@panels
-def test_an_expert_whose_products_take_all_threads_is_torchs(monkeypatch):
-    """One thread computes by panels: where most rows are one expert's, both are better used by torch."""
-    x, _, w, a, d, act = problem(T=100, K=1, E=2, H=8, hidden=8, empty=0, dtype=torch.float32)
-    indices = torch.zeros(100, 1, dtype=torch.int64)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("indices", ["one expert", "spread"])
+def test_threads_change_no_bit_of_a_gradient(dtype, indices, monkeypatch):
+    """Whether a thread has an expert to itself or all threads share it, or there is one thread."""
+    x, chosen, w, a, d, act = problem(T=300, K=1, E=2, H=130, hidden=300, empty=0, dtype=dtype)
+    chosen = torch.zeros_like(chosen) if indices == "one expert" else chosen
     used, results = spy(monkeypatch), []
-    for threads, expected in ((2, 0), (1, 1)):
+    for threads in (1, 2, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        used[0] = 0
-        results.append(gradients(PATHS["sorted"], (x, indices, w, a, d, act)))
-        assert used == [expected]
-    assert_same(*results, indices, tol=1e-4)
+        results.append(gradients(PATHS["gemv"], (x, chosen, w, a, d, act)))
+    assert used == [3 if indices == "one expert" else 6]
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
 @panels

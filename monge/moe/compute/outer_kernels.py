@@ -32,16 +32,19 @@ LEFT = 16 * ROWS
 
 
 @compiled
-def multiply_outer(a_nX, b_nY, out_XY):
-    """``out[x, y] = sum_n a[n, x] b[n, y]``; all of one dtype: float32, or the bits of bfloat16."""
-    X, Y = out_XY.shape
+def multiply_outer(a_nX, b_nY, begin, end, out_XY):
+    """``out[x, y] = sum_n a[n, x] b[n, y]`` for x in begin..end-1.
+
+    All of one dtype: float32, or the bits of bfloat16.
+    """
+    Y = out_XY.shape[1]
     panels, K = (Y + WIDTH - 1) // WIDTH, _words_of(a_nX)
     right, left_KL = empty_words(b_nY, panels * K, WIDTH), empty_words(a_nX, K, LEFT)
     for panel in range(panels):
         pack_columns(b_nY, panel * WIDTH, right[panel * K : (panel + 1) * K])
-    for first in range(0, X, LEFT):
+    for first in range(begin, end, LEFT):
         pack_columns(a_nX, first, left_KL)
-        count = min(LEFT, X - first)
+        count = min(LEFT, end - first)
         sixes, twos = count - count % ROWS, count - count % 2
         for panel in range(panels):
             right_KW, column = right[panel * K : (panel + 1) * K], panel * WIDTH

@@ -65,12 +65,12 @@ def expert_backward(
     are any. The output y = act Wd^T is not needed: <grad, y> = <grad Wd, act>. ``alone``: this thread has the
     expert to itself.
     """
-    written = (grad_in_JH, grad_out_HI)
-    panels = alone and columns.fit(grad_nH, weights_n, (proj_out_HI, proj_in_JH), written, grad_hidden_nH)
+    weights, written = (proj_out_HI, proj_in_JH), (grad_in_JH, grad_out_HI)
+    panels = columns.fit(grad_nH, weights_n, weights, written, grad_hidden_nH)
     multiply, outer = (columns.multiply, columns.outer) if panels else (_multiply, _outer)
     if panels and activation.function is F.silu:
         grad_weights_n1, weighted_nI, grad_pre_nJ = columns.through_swiglu(
-            grad_nH, proj_out_HI, weights_n, pre_nJ, proj_in_JH
+            grad_nH, proj_out_HI, weights_n, pre_nJ, proj_in_JH, alone
         )
     else:
         grad_act_nI = mm(grad_nH, proj_out_HI)
@@ -78,20 +78,20 @@ def expert_backward(
             grad_act_nI, weights_n[:, None], pre_nJ.to(grad_nH.dtype)
         )
     if grad_out_HI is not None:
-        outer(grad_nH, weighted_nI, grad_out_HI)
+        outer(grad_nH, weighted_nI, grad_out_HI, alone)
     if grad_in_JH is not None:
         assert hidden_nH is not None
-        outer(grad_pre_nJ, hidden_nH, grad_in_JH)
+        outer(grad_pre_nJ, hidden_nH, grad_in_JH, alone)
     if grad_bias_J is not None:
         grad_bias_J.copy_(torch.sum(grad_pre_nJ, dim=0))
     if grad_hidden_nH is not None:
-        multiply(grad_pre_nJ, proj_in_JH, grad_hidden_nH)
+        multiply(grad_pre_nJ, proj_in_JH, grad_hidden_nH, alone)
     return grad_weights_n1.squeeze(1)
 
 
-def _multiply(a_nX: Tensor, b_XM: Tensor, out_nM: Tensor) -> None:
+def _multiply(a_nX: Tensor, b_XM: Tensor, out_nM: Tensor, alone: bool) -> None:
     mm_into(out_nM, a_nX, b_XM)
 
 
-def _outer(a_nX: Tensor, b_nY: Tensor, out_XY: Tensor) -> None:
+def _outer(a_nX: Tensor, b_nY: Tensor, out_XY: Tensor, alone: bool) -> None:
     mm_into(out_XY, a_nX.t(), b_nY)
