@@ -83,7 +83,7 @@ def through_swiglu(
 def _run(work: Callable[[tuple[int, int]], None], length: int, step: int, alone: bool) -> None:
     """``work`` on ``range(length)`` in pieces of whole steps, on this thread ``alone`` or on all."""
     steps = split(_parts(length, step), 1 if alone else torch.get_num_threads())
-    run_all(work, [(first * step, min(last * step, length)) for first, last in steps], alone=alone)
+    run_all(work, [(first * step, min(last * step, length)) for first, last in steps])
 
 
 def _parts(length: int, step: int) -> int:
