@@ -66,9 +66,10 @@ LINE = 64
 
 def emit_prefetch(builder: ir.IRBuilder, address: Any, *, level: int, writes: bool) -> None:
     """Write the instruction that brings a line into the cache of that level, if so to be written to."""
-    I32 = ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [address.type, I32, I32, I32])
+    I32, bytes_ = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [bytes_, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    address = builder.bitcast(address, bytes_)
     builder.call(function, [address, *(ir.Constant(I32, hint) for hint in (int(writes), 4 - level, 1))])
 
 

@@ -12,10 +12,10 @@ from path_cases import FUNCTIONS, UNGATED, formula, gradients, problem
 from monge.moe.activations import ACTIVATIONS
 from monge.moe.compute import PATHS, column_products, precision, rows
 from monge.moe.compute.outer_kernels import LEFT, multiply_outer
-from monge.moe.compute.panel_kernels import WIDTH
+from monge.moe.compute.packing_kernels import WIDTH
 from monge.moe.compute.row_products import multiply_columns
-from monge.moe.compute.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 from monge.moe.cpu_kernels import as_array, compiled, prefetch
+from monge.moe.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 
 narrow = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor does not multiply bfloat16")
 panels = pytest.mark.skipif(not MANY_REGISTERS, reason="without AVX-512 these products are torch's")

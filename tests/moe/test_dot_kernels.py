@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numba import njit
 from numba.core.codegen import get_host_cpu_features
 from path_cases import formula, problem
 
-from monge.moe.activation_kernels import _exp
 from monge.moe.compute import PATHS, precision
 from monge.moe.compute.dot_kernels import multiply_rows
-from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
+from monge.moe.vectors import MULTIPLIES_BFLOAT16
 
 BITS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CASES = [  # x, weights, output
@@ -73,34 +71,6 @@ def test_what_is_not_finite_stays_in_its_row(value, place):
     assert (np.delete(out, 4, axis=0) == 43).all()
 
 
-@njit
-def exponentials(x_n):
-    out_n = np.empty_like(x_n)
-    for n in range(len(x_n)):
-        out_n[n] = _exp(x_n[n])
-    return out_n
-
-
-def test_the_exponential_of_float32():
-    """To four units in the last place; beyond what float32 holds, large enough or small enough for SiLU."""
-    x = np.linspace(-87, 88.3, 200_001, dtype=np.float32)
-    assert np.abs(exponentials(x) / np.exp(x.astype(np.float64)) - 1).max() < 4 * np.finfo(np.float32).eps
-    beyond = exponentials(np.array([-np.inf, -1000, 0, 1000, np.inf], np.float32))
-    assert (beyond[:2] < 2e-38).all()
-    assert beyond[2] == 1
-    assert (beyond[3:] > 2e38).all()
-
-
-@pytest.mark.parametrize("gate", [-1e38, -200.0, -90.0, 0.0, 90.0, 200.0, float("nan")])
-def test_silu_far_from_zero(gate):
-    """One neuron whose gate and up projection read off ``x``."""
-    proj_in, proj_out = torch.tensor([[[1.0, 0], [0, 1]]]), torch.ones(1, 2, 1)
-    x, one = torch.tensor([[gate, 3.0]]), torch.ones(1, 1)
-    out = PATHS["gemv"](x, torch.zeros(1, 1, dtype=torch.int64), one, proj_in, proj_out, "swiglu")
-    expected = (3 * torch.nn.functional.silu(x[:, :1])).expand(1, 2)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
-
-
 @pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor does not multiply bfloat16")
 def test_activations_are_rounded_to_the_nearest_bfloat16(monkeypatch):
     """Where bfloat16 is multiplied as it is: three roundings, each to nearest, NaN stays NaN."""
@@ -132,6 +102,7 @@ def test_a_processor_with_fewer_registers(tmp_path):
         f"{panels}::test_products",
         f"{panels}::test_nothing_is_written_beyond_the_columns",
         f"{panels}::test_experts_of_many_rows_and_few",
+        str(Path(__file__).with_name("test_swiglu_kernels.py")),
     )
     environment = os.environ | {
         "NUMBA_CPU_NAME": "haswell",

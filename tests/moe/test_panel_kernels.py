@@ -10,9 +10,10 @@ import torch
 from numba import njit
 
 from monge.moe.compute import PATHS, row_products
-from monge.moe.compute.panel_kernels import WIDTH, empty_panel, multiply_panel, pack_rows, words
-from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
+from monge.moe.compute.packing_kernels import WIDTH, empty_panel, pack_rows, words
+from monge.moe.compute.panel_kernels import multiply_panel
 from monge.moe.cpu_kernels import as_array
+from monge.moe.vectors import MULTIPLIES_BFLOAT16
 
 narrow = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the processor does not multiply bfloat16")
 DTYPES = [  # of x and weights

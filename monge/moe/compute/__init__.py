@@ -18,7 +18,7 @@ from monge.moe.compute.loop import loop
 from monge.moe.compute.masked import masked
 from monge.moe.compute.operator import ComputePath
 from monge.moe.compute.sorted import sorted_by_expert
-from monge.moe.compute.vectors import FAST_PRODUCTS
+from monge.moe.vectors import FAST_PRODUCTS
 
 PATHS: dict[str, ComputePath] = {
     "loop": loop,

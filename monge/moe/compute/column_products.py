@@ -23,10 +23,10 @@ from torch import Tensor
 from monge.moe.activation_kernels import swiglu_backward
 from monge.moe.compute import precision
 from monge.moe.compute.outer_kernels import LEFT, multiply_outer
-from monge.moe.compute.panel_kernels import WIDTH
+from monge.moe.compute.packing_kernels import WIDTH
 from monge.moe.compute.row_products import PANEL_ROWS, multiply_columns
-from monge.moe.compute.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 from monge.moe.cpu_kernels import as_array, compiled
+from monge.moe.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 from monge.ot.threads import run_all, split
 
 NEURONS = 128

@@ -16,8 +16,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from monge.moe.compute.vectors import FLOAT, I32, I64, MANY_REGISTERS, NUMBERS, Rows, add_product, shuffle
 from monge.moe.cpu_kernels import compiled
+from monge.moe.vectors import FLOAT, I32, I64, MANY_REGISTERS, NUMBERS, Rows, add_product, shuffle
 
 BITS = 256  # of a vector; on an AMD EPYC that has them those of 512 are slower on short rows
 

@@ -27,8 +27,8 @@ from monge.moe.compute import sorted as by_expert
 from monge.moe.compute.memory import empty
 from monge.moe.compute.operator import differentiable, sum_dtype
 from monge.moe.compute.precision import product_dtype
-from monge.moe.compute.vectors import MULTIPLIES_BFLOAT16
 from monge.moe.cpu_kernels import as_array, sort_by_expert
+from monge.moe.vectors import MULTIPLIES_BFLOAT16
 from monge.ot.threads import on_threads, openmp_region
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -15,17 +15,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from monge.moe.compute.panel_kernels import (
-    ROWS,
-    WIDTH,
-    empty_words,
-    for_all_vectors,
-    pack_columns,
-    store,
-    sums_of_products,
-)
-from monge.moe.compute.vectors import FLOAT, I64, Columns, Rows, narrowed
+from monge.moe.compute.packing_kernels import WIDTH, empty_words, pack_columns
+from monge.moe.compute.panel_kernels import ROWS, for_all_vectors, store, sums_of_products
 from monge.moe.cpu_kernels import LINE, compiled, emit_prefetch
+from monge.moe.vectors import FLOAT, I64, Columns, Rows, narrowed
 
 LEFT = 16 * ROWS
 """Columns of a in a panel."""

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from monge.moe.compute.vectors import I32
+from monge.moe.vectors import I32
 
 BYTES = ir.IntType(8).as_pointer()
 

@@ -15,14 +15,8 @@ from numba import types
 from numba.extending import overload
 
 from monge.moe.compute.dot_kernels import multiply_rows
-from monge.moe.compute.panel_kernels import (
-    WIDTH,
-    empty_panel,
-    multiply_panel,
-    pack_columns,
-    pack_rows,
-    words,
-)
+from monge.moe.compute.packing_kernels import WIDTH, empty_panel, pack_columns, pack_rows, words
+from monge.moe.compute.panel_kernels import multiply_panel
 from monge.moe.cpu_kernels import compiled
 
 ROWS = 64

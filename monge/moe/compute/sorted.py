@@ -23,8 +23,8 @@ from monge.moe.compute.precision import matrices, product_dtype
 from monge.moe.compute.rows import expert_backward, expert_forward
 from monge.moe.compute.slot_sum import SlotSum
 from monge.moe.compute.spreading import Run, run_experts
-from monge.moe.compute.vectors import MANY_REGISTERS
 from monge.moe.dispatch import Slots, sort_slots
+from monge.moe.vectors import MANY_REGISTERS
 
 
 def _gatherer(x_TX: Tensor, slots: Slots) -> Callable[[slice], Tensor]:

@@ -1,14 +1,17 @@
 """What the innermost loops are written with.
 
-numba has no words for vectors, so `dot_kernels` and `panel_kernels` use those of its compiler: these helpers
-write LLVM's instructions into a function that numba compiles.
+numba has no words for vectors, so innermost loops use those of its compiler: these helpers write LLVM's
+instructions into a function that numba compiles.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
@@ -18,8 +21,12 @@ FAST_PRODUCTS = "+avx2" in _FEATURES
 """Whether loops of float32 products are as fast as libraries: measured with AVX2 and AVX-512."""
 MANY_REGISTERS = "+avx512vl" in _FEATURES
 """Whether there are 32 vector registers, of 512 bits if asked for: else 16 of 256."""
+LANES = 16 if MANY_REGISTERS else 8
+"""Float32 in a vector."""
 MULTIPLIES_BFLOAT16 = MANY_REGISTERS and "+avx512bf16" in _FEATURES
 """Whether the processor adds products of two bfloat16 to a float32."""
+ROUNDS_TO_BFLOAT16 = MULTIPLIES_BFLOAT16 and llvm_version_info >= (20,)
+"""Whether it rounds to bfloat16 in one instruction, and the compiler knows which: the first one tried."""
 I16, I32, I64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 NUMBERS = {
     types.float32: FLOAT,
@@ -79,10 +86,28 @@ class Columns(Rows):
         return self.builder.inttoptr(address, kind.as_pointer())
 
 
+class _BFloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 def narrowed(builder: ir.IRBuilder, values: Any) -> Any:
-    """Float32 rounded to the nearest bfloat16, as bits; NaN stays NaN (`cpu_kernels.write`, of a vector)."""
+    """Float32 rounded to the nearest bfloat16, as bits (`cpu_kernels.write`, of a vector).
+
+    NaN stays NaN; numbers below 1.2e-38 become 0 where the processor's own instruction rounds.
+    """
     lanes = values.type.count
     integers, halves = (ir.VectorType(kind, lanes) for kind in (I32, I16))
+    if ROUNDS_TO_BFLOAT16 and lanes == LANES:
+        return builder.bitcast(builder.fptrunc(values, ir.VectorType(_BFloat(), lanes)), halves)
 
     def every(number: int, kind: Any = integers) -> ir.Constant:
         return ir.Constant(kind, [number] * lanes)
@@ -99,6 +124,36 @@ def add_product(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     if isinstance(a.type.element, ir.IntType):
         return call(builder, f"x86.avx512bf16.dpbf16ps.{32 * a.type.count}", total.type, total, a, b)
     return builder.fadd(total, builder.fmul(a, b, flags=_CONTRACT), flags=_CONTRACT)
+
+
+def every(number: float, lanes: int) -> Any:
+    """The float32 in every lane."""
+    return ir.Constant(ir.VectorType(FLOAT, lanes), [number] * lanes)
+
+
+def exp(builder: ir.IRBuilder, x: Any) -> Any:
+    """exp(x) of float32 in every lane, within four units in the last place, x at least -87.
+
+    exp(x) = 2^n exp(r) with n whole and |r| <= ln 2 / 2, where the Taylor series to r^7 is exact to rounding.
+    From n = 128 on, x above 88.4, it is infinite; also of NaN.
+    """
+    lanes = x.type.count
+    integers = ir.VectorType(I32, lanes)
+    highest, lowest = every(89.0, lanes), every(-87.0, lanes)
+    x = builder.select(builder.fcmp_ordered("<", x, highest), x, highest)
+    x = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
+    n = call(builder, f"nearbyint.v{lanes}f32", x.type, builder.fmul(x, every(1 / math.log(2), lanes)))
+    r = x
+    for part in (0.6931457519, 1.4286067653e-6):  # ln 2, and what a float32 cannot hold of it
+        r = add_product(builder, r, n, every(-part, lanes))
+    terms, power = [every(1 / math.factorial(k), lanes) for k in range(8)], r
+    while len(terms) > 1:  # neighbours at a time, which do not wait for one another
+        pairs = zip(terms[::2], terms[1::2], strict=True)
+        terms = [add_product(builder, low, high, power) for low, high in pairs]
+        power = builder.fmul(power, power)
+    exponents = builder.add(builder.fptosi(n, integers), ir.Constant(integers, [127] * lanes))
+    scale = builder.bitcast(builder.shl(exponents, ir.Constant(integers, [23] * lanes)), x.type)
+    return builder.fmul(terms[0], scale)
 
 
 def shuffle(builder: ir.IRBuilder, pair: tuple[Any, ...], lanes: list[int]) -> Any:
@@ -119,7 +174,8 @@ def first_lanes(builder: ir.IRBuilder, count: Any, lanes: int) -> Any:
     return builder.icmp_signed("<", numbers, splat(builder, count, lanes))
 
 
-def call(builder: ir.IRBuilder, name: str, result: Any, *arguments: Any) -> Any:
+def call(builder: ir.IRBuilder, name: str, result: Any, *arguments: Any, flags: Sequence[str] = ()) -> Any:
     """One of LLVM's own functions."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}"), arguments)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}")
+    return builder.call(function, arguments, fastmath=flags)
