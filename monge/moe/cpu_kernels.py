@@ -88,6 +88,17 @@ _fetch: Any = intrinsic(_prefetch_line)
 
 
 @compiled
+def empty_lines(rows, columns, dtype):
+    """``np.empty((rows, columns), dtype)`` from the beginning of a line.
+
+    A vector that is written across two lines takes four times as long.
+    """
+    memory = np.empty(rows * columns + LINE, dtype)
+    first = -memory.ctypes.data % LINE // memory.itemsize
+    return memory[first : first + rows * columns].reshape(rows, columns)
+
+
+@compiled
 def prefetch(values_NX, n, first, last):
     """Bring ``values[n, first:last]`` into the cache, to be read or written to soon, if there is that row."""
     if n < len(values_NX):

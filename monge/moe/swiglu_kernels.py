@@ -86,18 +86,17 @@ def _typed_forward(typing_context, gate_nm, up_nm, n, first, count, act_nI, pre_
 def _write_forward(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
     rows_of = _rows(context, builder, signature, args)
     n, first, count = args[2:5]
-    gate, up, act = rows_of(0, n), rows_of(1, n), rows_of(5, n)
-    keeps = signature.args[6] != types.none
     later = builder.add(n, ir.Constant(I64, AHEAD))
-    pre, later_pre = (rows_of(6, n), rows_of(6, later)) if keeps else (None, None)
-    later_act = rows_of(5, later)
+    gate, up, act, later_act = rows_of(0, n), rows_of(1, n), rows_of(5, n), rows_of(5, later)
+    kept = [rows_of(6, row) for row in (n, later)] if signature.args[6] != types.none else []
 
     def step(m: Any, lanes: int) -> None:
         here = builder.add(first, m)
         there = builder.add(here, act.length)
         gates, ups = (rows.wide(0, m, lanes, FLOAT) for rows in (gate, up))
         _ask_for(builder, later_act, here)
-        if pre is not None:
+        if kept:
+            pre, later_pre = kept
             for values, place in ((gates, here), (ups, there)):
                 _ask_for(builder, later_pre, place)
                 _write(builder, values, pre, place)

@@ -25,7 +25,7 @@ from monge.moe.compute import precision
 from monge.moe.compute.outer_kernels import LEFT, multiply_outer
 from monge.moe.compute.packing_kernels import WIDTH
 from monge.moe.compute.row_products import PANEL_ROWS, multiply_columns
-from monge.moe.cpu_kernels import as_array, compiled
+from monge.moe.cpu_kernels import as_array, compiled, empty_lines
 from monge.moe.vectors import MANY_REGISTERS, MULTIPLIES_BFLOAT16
 from monge.ot.threads import run_all, split
 
@@ -99,7 +99,7 @@ def _multiply(rows_nX, weights_XM, first, last, out_nM):
 def _through_swiglu(
     begin, end, grad_nH, proj_out_HI, weights_n, pre_nJ, ahead_JH, act_nI, grad_pre_nJ, grad_weights_Pn
 ):  # fmt: skip
-    grad_nm = np.empty((len(grad_nH), NEURONS), np.float32)
+    grad_nm = empty_lines(len(grad_nH), NEURONS, np.float32)
     for first in range(begin, end, NEURONS):
         last, grad_weights_n = min(first + NEURONS, end), grad_weights_Pn[first // NEURONS]
         multiply_columns(grad_nH, proj_out_HI, first, last, grad_nm, ahead_JH[:, :WIDTH])

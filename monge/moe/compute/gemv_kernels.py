@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -26,7 +25,7 @@ from numba.extending import intrinsic
 from monge.moe.activation_kernels import AHEAD, activate
 from monge.moe.compute.region import call_on_threads, nap
 from monge.moe.compute.row_products import ROWS, add_projected, empty_sums, project
-from monge.moe.cpu_kernels import compiled, prefetch, write
+from monge.moe.cpu_kernels import compiled, empty_lines, prefetch, write
 
 NEURONS, FEATURES = 128, 64
 """Rows of the input and of the output projection in an item."""
@@ -96,7 +95,8 @@ def run_experts(
         _add_to(counters, DONE_IN, 1)
     _wait(counters, DONE_IN, E * parts)
     parts = (H + FEATURES - 1) // FEATURES
-    sums_Tm = np.empty((len(x_TH), FEATURES), gates_S.dtype)  # columns of out are too far apart for the cache
+    # columns of out are too far apart for the cache
+    sums_Tm = empty_lines(len(x_TH), FEATURES, gates_S.dtype)
     while True:
         item = _add_to(counters, CLAIMED_OUT, 1)
         if item >= parts:

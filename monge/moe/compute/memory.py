@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from monge.moe.cpu_kernels import LINE
+
 LARGE = 4 * 2**20  # bytes from which numpy asks for huge pages
 
 
@@ -32,7 +34,7 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     dtype = dtype or like.dtype
     if not (size := _large_size(like, shape, dtype)):
         return like.new_empty(shape, dtype=dtype)
-    return _seen(np.empty(size, np.uint8), shape, dtype)
+    return _seen(_allocate(size), shape, dtype)
 
 
 def gradient(weight: Tensor, shape: Sequence[int]) -> Tensor:
@@ -75,7 +77,7 @@ class Kept:
                 weights.add(id(weight))
                 weakref.finalize(weight, self._forget, size, id(weight)).atexit = False
             free = next((i for i, (_, view) in enumerate(arrays) if view() is None), len(arrays))
-            memory = arrays[free][0] if free < len(arrays) else np.empty(size, np.uint8)
+            memory = arrays[free][0] if free < len(arrays) else _allocate(size)
             view = memory.view()
             arrays[free : free + 1] = [(memory, weakref.ref(view))]
             return _seen(view, shape, dtype)
@@ -95,6 +97,13 @@ def _large_size(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> int:
     size = math.prod(shape) * dtype.itemsize
     small = size < LARGE or like.device.type != "cpu"
     return 0 if small or torch.are_deterministic_algorithms_enabled() else size
+
+
+def _allocate(size: int) -> np.ndarray:
+    """(size,) uint8, from the beginning of a line of the cache: numpy's begin 16 bytes further on."""
+    memory = np.empty(size + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + size]
 
 
 def _seen(memory: np.ndarray, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

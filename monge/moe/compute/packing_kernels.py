@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from monge.moe.cpu_kernels import LINE, compiled, wide
+from monge.moe.cpu_kernels import compiled, empty_lines, wide
 from monge.moe.vectors import FLOAT, I16, I32, I64, LANES, MANY_REGISTERS, Rows, shuffle
 
 VECTORS = 4 if MANY_REGISTERS else 2
@@ -37,23 +37,13 @@ def _(matrix_XY, x_TX):  # type: ignore[no-untyped-def]
 
 
 def empty_words(numbers_XY: Any, rows: Any, columns: Any) -> Any:
-    """In compiled code: (rows, columns) for words of such numbers, from the beginning of a line of the cache.
-
-    A vector that is written across two lines takes four times as long.
-    """
+    """In compiled code: (rows, columns) for words of such numbers."""
 
 
 @overload(empty_words)
 def _(numbers_XY, rows, columns):  # type: ignore[no-untyped-def]
     dtype = np.float32 if numbers_XY.dtype == types.float32 else np.uint32
-
-    def empty(numbers_XY, rows, columns):  # type: ignore[no-untyped-def]
-        size = rows * columns
-        memory = np.empty(size + LINE // 4, dtype)
-        first = -memory.ctypes.data % LINE // 4
-        return memory[first : first + size].reshape(rows, columns)
-
-    return empty
+    return lambda numbers_XY, rows, columns: empty_lines(rows, columns, dtype)
 
 
 @compiled

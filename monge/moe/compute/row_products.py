@@ -17,7 +17,7 @@ from numba.extending import overload
 from monge.moe.compute.dot_kernels import multiply_rows
 from monge.moe.compute.packing_kernels import WIDTH, empty_panel, pack_columns, pack_rows, words
 from monge.moe.compute.panel_kernels import multiply_panel
-from monge.moe.cpu_kernels import compiled
+from monge.moe.cpu_kernels import compiled, empty_lines
 
 ROWS = 64
 """That meet the same weights at a time in dot products, so that both stay in the cache."""
@@ -32,7 +32,7 @@ def empty_sums(x_TX: Any, rows: int, columns: int) -> Any:
 @overload(empty_sums)
 def _(x_TX, rows, columns):  # type: ignore[no-untyped-def]
     dtype = np.float64 if x_TX.dtype == types.float64 else np.float32
-    return lambda x_TX, rows, columns: np.empty((rows, columns), dtype)
+    return lambda x_TX, rows, columns: empty_lines(rows, columns, dtype)
 
 
 def project(x_TX: Any, rows_n: Any, weights_mX: Any, out_nm: Any, ahead_X: Any) -> None:
