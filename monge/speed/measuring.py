@@ -64,7 +64,7 @@ def _inference(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> C
 def _training(config: SpeedConfig, case: Case, clock: Callable[[], float]) -> Case:
     H, I, E, K = TRAINING[case["layer"]]
     dtype = DTYPES[case["dtype"]]
-    for load in candidates(8, 8, E, K, E, dtype, 8, config.device, backward=True).values():
+    for load in candidates(8, 8, E, K, TRAINING_TOKENS, dtype, 8, config.device, backward=True).values():
         load()  # the code, which takes memory too
     runs = candidates(H, I, E, K, TRAINING_TOKENS, dtype, K * I, config.device, backward=True)
     # before any step has kept memory for the next
