@@ -75,7 +75,7 @@ def _forward(
     act = np.empty((len(tokens), proj_out.shape[2]), x.dtype)
     out_TH = hidden_TH.new_empty(hidden_TH.shape)
     out = as_array(out_TH)
-    counters, function = np.zeros(kernels.COUNTERS, np.int64), FUNCTIONS[activation]
+    counters, function = np.zeros(kernels.DONE_IN + E, np.int64), FUNCTIONS[activation]
     threads = 1 if int(starts[-1]) * J * H < ALONE else torch.get_num_threads()
 
     arguments = (

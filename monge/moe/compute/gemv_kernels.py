@@ -31,9 +31,8 @@ NEURONS, FEATURES = 128, 64
 """Rows of the input and of the output projection in an item."""
 SPINS = 20_000
 """Looks at what the other threads have done, some 0.2 ms, before a thread sleeps."""
-CLAIMED_IN, DONE_IN, CLAIMED_OUT = 0, 8, 16
-"""Where the counters of items lie, a cache line apart, among `COUNTERS` int64 zeros."""
-COUNTERS = 24
+CLAIMED_IN, CLAIMED_OUT, DONE_IN = 0, 8, 16
+"""Where the counters of claimed items lie, a cache line apart, and those of done ones, one for each expert."""
 
 
 def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
@@ -70,7 +69,7 @@ def run_experts(
         bias_EJ: (E, J) or (E, 0) for none. function: of `FUNCTIONS`.
         pre_RJ, act_RI, out_TH: are overwritten, whatever they hold; act has the dtype of x, sums that of the
             gates; pre is (0, J) if the pre-activations are not to be kept.
-        counters: int64, `COUNTERS` zeros.
+        counters: int64, `DONE_IN` and E zeros.
         threads: that call this.
     """
     E, H, I = proj_out_EHI.shape
@@ -92,14 +91,13 @@ def run_experts(
             project(x_TH, tokens_R[rows], gate_mH, gate_nm, up_mH if len(up_mH) else ahead_X)
             project(x_TH, tokens_R[rows], up_mH, up_nm, ahead_X)
             activate(gate_nm, up_nm, bias_EJ[e], first, last, function, act_RI[rows], pre_RJ[rows])
-        _add_to(counters, DONE_IN, 1)
-    _wait(counters, DONE_IN, E * parts)
-    parts = (H + FEATURES - 1) // FEATURES
+            _add_to(counters, DONE_IN + e, 1)
+    blocks = (H + FEATURES - 1) // FEATURES
     # columns of out are too far apart for the cache
     sums_Tm = empty_lines(len(x_TH), FEATURES, gates_S.dtype)
     while True:
         item = _add_to(counters, CLAIMED_OUT, 1)
-        if item >= parts:
+        if item >= blocks:
             break
         first, last = item * FEATURES, min((item + 1) * FEATURES, H)
         here_Tm = sums_Tm[:, : last - first]
@@ -107,6 +105,7 @@ def run_experts(
         for e in range(E):  # sums in this order
             rows, ahead_X = slice(starts_E1[e], starts_E1[e + 1]), proj_out_EHI[(e + 1) % E, first:]
             if rows.start < rows.stop:
+                _wait(counters, DONE_IN + e, parts)
                 weights_mI = proj_out_EHI[e, first:last]
                 slots_n, tokens_n = order_R[rows], tokens_R[rows]
                 add_projected(act_RI[rows], weights_mI, gates_S, slots_n, here_Tm, tokens_n, gate_nm, ahead_X)
@@ -118,7 +117,7 @@ def run_experts(
 
 @compiled
 def _wait(counters, index, items):
-    """Look until all items are done. Whoever has the last one may have lost its core: sleep now and then."""
+    """Look until so many items are done. Who has the last may have lost its core: sleep now and then."""
     looks = 0
     while _add_to(counters, index, 0) < items:
         looks += 1
