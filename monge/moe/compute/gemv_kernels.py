@@ -32,7 +32,7 @@ NEURONS, FEATURES = 128, 64
 SPINS = 20_000
 """Looks at what the other threads have done, some 0.2 ms, before a thread sleeps."""
 CLAIMED_IN, CLAIMED_OUT, DONE_IN = 0, 8, 16
-"""Where the counters of claimed items lie, a cache line apart, and those of done ones, one for each expert."""
+"""Where the counters of claimed items lie, a cache line apart, and of those done, one for each expert."""
 
 
 def _atomic_add(typing_context, counters, index, value):  # type: ignore[no-untyped-def]
