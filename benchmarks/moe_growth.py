@@ -73,7 +73,8 @@ def plot(rows: list[dict], path: str) -> None:
             ax.loglog([int(s) for s in times], list(times.values()), marker="o", label=row["mode"])
         ax.set_xlabel(axis)
         ax.set_ylabel("ms")
-        ax.legend(frameon=False)
+        ax.set_ylim(top=4 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(frameon=False, loc="upper left")
     figure.savefig(path)
 
 

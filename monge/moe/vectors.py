@@ -25,8 +25,8 @@ LANES = 16 if MANY_REGISTERS else 8
 """Float32 in a vector."""
 MULTIPLIES_BFLOAT16 = MANY_REGISTERS and "+avx512bf16" in _FEATURES
 """Whether the processor adds products of two bfloat16 to a float32."""
-ROUNDS_TO_BFLOAT16 = MULTIPLIES_BFLOAT16 and llvm_version_info >= (20,)
-"""Whether it rounds to bfloat16 in one instruction, and the compiler knows which: the first one tried."""
+ROUNDS_TO_BFLOAT16 = MULTIPLIES_BFLOAT16 and llvm_version_info >= (22,)
+"""Whether it rounds to bfloat16 in one instruction, and the compiler knows which: no older one was tried."""
 I16, I32, I64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 NUMBERS = {
     types.float32: FLOAT,
@@ -142,6 +142,7 @@ def exp(builder: ir.IRBuilder, x: Any) -> Any:
     highest, lowest = every(89.0, lanes), every(-87.0, lanes)
     x = builder.select(builder.fcmp_ordered("<", x, highest), x, highest)
     x = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
+    # not by adding and subtracting a large number: numba's flag that lets sums be reordered holds here too
     n = call(builder, f"nearbyint.v{lanes}f32", x.type, builder.fmul(x, every(1 / math.log(2), lanes)))
     r = x
     for part in (0.6931457519, 1.4286067653e-6):  # ln 2, and what a float32 cannot hold of it
