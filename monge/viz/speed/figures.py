@@ -75,14 +75,15 @@ def _bars(
     names = [name for name in TINTS if any(name in row[figures] for row in rows)]
     figure = new_figure(7.6 if wide else 3.6, 0.9 + 0.16 * len(rows) * (len(names) + 1))
     ax = figure.subplots()
-    height = 0.8 / len(names)
+    height, widest = 0.8 / len(names), 1.12 * max(max(row[figures].values()) for row in rows)
     for index, name in enumerate(names):
         places = np.arange(len(rows)) + (index - (len(names) - 1) / 2) * height
         values = [row[figures].get(name, 0.0) for row in rows]
         ax.barh(places, values, height=height, color=THEME[TINTS[name]][0], label=name)
-        _write_values(ax, places, values)
+        upon_line = [1 - 0.06 * widest < value < 1 for value in values]
+        _write_values(ax, places, values, [1 if upon else x for x, upon in zip(values, upon_line)])
     ax.set_yticks(np.arange(len(rows)), labels)
-    ax.set_xlim(0, 1.12 * max(max(row[figures].values()) for row in rows))
+    ax.set_xlim(0, widest)
     dress(ax, title=title, xlabel="")
     ax.axvline(1, color=THEME["ink"][0], linewidth=0.8)
     ax.set_ylim(len(rows) - 0.45, -0.55)
@@ -91,11 +92,9 @@ def _bars(
     return Drawing(figure, caption)
 
 
-def _write_values(ax: Axes, places: np.ndarray, values: list[float]) -> None:
-    """Each figure at the end of its bar; none where there is no bar."""
-    for place, value in zip(places, values, strict=True):
+def _write_values(ax: Axes, places: np.ndarray, values: list[float], ends: list[float] | None = None) -> None:
+    """Each figure at the end of its bar, or at another of ``ends``; none where there is no bar."""
+    for place, value, end in zip(places, values, ends or values, strict=True):
         if value:
-            text = ax.annotate(
-                f"{value:.2f}", (value, place), (3, 0), textcoords="offset points", va="center"
-            )
+            text = ax.annotate(f"{value:.2f}", (end, place), (3, 0), textcoords="offset points", va="center")
             text.set(fontsize=6.5, color=THEME["ink"][0])
