@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
-from monge.moe.cpu_kernels import compiled, prefetch, wide, write
-from monge.moe.swiglu_kernels import AHEAD, swiglu, swiglu_gradients
+from monge.moe.cpu_kernels import AHEAD, compiled, prefetch, wide, write
+from monge.moe.swiglu_kernels import swiglu, swiglu_gradients
 
 SILU, GELU, GELU_TANH, RELU = range(4)
 FUNCTIONS = {

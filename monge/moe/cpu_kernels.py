@@ -62,6 +62,8 @@ def _(values_X, place, value):  # type: ignore[no-untyped-def]
 
 LINE = 64
 """Bytes that come from memory at a time."""
+AHEAD = 8
+"""Rows: memory of the row that is so many further on is asked for, since a part of a row is over too soon."""
 
 
 def emit_prefetch(builder: ir.IRBuilder, address: Any, *, level: int, writes: bool) -> None:

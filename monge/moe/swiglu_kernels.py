@@ -18,11 +18,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from monge.moe.cpu_kernels import emit_prefetch, wide, write
-from monge.moe.vectors import FLOAT, I32, I64, LANES, Rows, add_product, call, every, exp, narrowed, splat
-
-AHEAD = 8
-"""Rows: memory of the row that is so many further on is asked for, since a part of a row is over too soon."""
+from monge.moe.cpu_kernels import AHEAD, emit_prefetch, wide, write
+from monge.moe.vectors import (
+    FLOAT,
+    I32,
+    I64,
+    LANES,
+    Rows,
+    add_product,
+    arguments,
+    call,
+    every,
+    exp,
+    narrowed,
+    splat,
+)
 
 
 def swiglu(gate_nm: Any, up_nm: Any, n: int, first: int, count: int, act_nI: Any, pre_nJ: Any) -> None:
@@ -84,11 +94,12 @@ def _typed_forward(typing_context, gate_nm, up_nm, n, first, count, act_nI, pre_
 
 
 def _write_forward(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-    rows_of = _rows(context, builder, signature, args)
+    rows_of = arguments(context, builder, signature, args)
     n, first, count = args[2:5]
     later = builder.add(n, ir.Constant(I64, AHEAD))
-    gate, up, act, later_act = rows_of(0, n), rows_of(1, n), rows_of(5, n), rows_of(5, later)
-    kept = [rows_of(6, row) for row in (n, later)] if signature.args[6] != types.none else []
+    gate, up, act = (rows_of(index, [n]) for index in (0, 1, 5))
+    later_act = rows_of(5, [later])
+    kept = [rows_of(6, [row]) for row in (n, later)] if signature.args[6] != types.none else []
 
     def step(m: Any, lanes: int) -> None:
         here = builder.add(first, m)
@@ -112,11 +123,11 @@ def _typed_backward(typing_context, weight, pre_nJ, grad_nm, n, first, count, ac
 
 
 def _write_backward(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-    rows_of = _rows(context, builder, signature, args)
+    rows_of = arguments(context, builder, signature, args)
     n, first, count = args[3:6]
-    pre, grad, act, grad_pre = (rows_of(index, n) for index in (1, 2, 6, 7))
+    pre, grad, act, grad_pre = (rows_of(index, [n]) for index in (1, 2, 6, 7))
     later = builder.add(n, ir.Constant(I64, AHEAD))
-    later_pre, later_act, later_grad_pre = (rows_of(index, later) for index in (1, 6, 7))
+    later_pre, later_act, later_grad_pre = (rows_of(index, [later]) for index in (1, 6, 7))
     totals = {lanes: cgutils.alloca_once_value(builder, every(0.0, lanes)) for lanes in (LANES, 1)}
 
     def step(m: Any, lanes: int) -> None:
@@ -145,11 +156,6 @@ def _write_backward(context: Any, builder: ir.IRBuilder, signature: Any, args: A
 
 _forward: Any = intrinsic(_typed_forward)
 _backward: Any = intrinsic(_typed_backward)
-
-
-def _rows(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Callable[[int, Any], Rows]:
-    """A function that returns a row of the argument with that index."""
-    return lambda index, row: Rows(context, builder, signature.args[index], args[index], [row])
 
 
 def _sigmoid(builder: ir.IRBuilder, x: Any) -> Any:

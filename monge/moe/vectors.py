@@ -7,7 +7,7 @@ instructions into a function that numba compiles.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -62,11 +62,18 @@ class Rows:
         values = self.load(row, place, ir.VectorType(source, lanes))
         if self.dtype == types.uint16:  # the upper halves of float32
             integers = ir.VectorType(I32, lanes)
-            bits = builder.shl(builder.zext(values, integers), ir.Constant(integers, [16] * lanes))
+            bits = builder.shl(builder.zext(values, integers), every(16, lanes, I32))
             values, source = builder.bitcast(bits, ir.VectorType(FLOAT, lanes)), FLOAT
         if source == number:
             return values
         return (builder.fptrunc if number == FLOAT else builder.fpext)(values, ir.VectorType(number, lanes))
+
+
+def arguments(
+    context: Any, builder: ir.IRBuilder, signature: Any, args: Any
+) -> Callable[[int, list[Any]], Rows]:
+    """A function that returns some rows of the intrinsic's argument with that index."""
+    return lambda index, rows: Rows(context, builder, signature.args[index], args[index], rows)
 
 
 class Columns(Rows):
@@ -108,15 +115,12 @@ def narrowed(builder: ir.IRBuilder, values: Any) -> Any:
     integers, halves = (ir.VectorType(kind, lanes) for kind in (I32, I16))
     if ROUNDS_TO_BFLOAT16 and lanes == LANES:
         return builder.bitcast(builder.fptrunc(values, ir.VectorType(_BFloat(), lanes)), halves)
-
-    def every(number: int, kind: Any = integers) -> ir.Constant:
-        return ir.Constant(kind, [number] * lanes)
-
+    places, one, below_half = (every(number, lanes, I32) for number in (16, 1, 0x7FFF))
     bits = builder.bitcast(values, integers)
-    even = builder.and_(builder.lshr(bits, every(16)), every(1))
-    rounded = builder.lshr(builder.add(builder.add(bits, every(0x7FFF)), even), every(16))
+    even = builder.and_(builder.lshr(bits, places), one)
+    rounded = builder.lshr(builder.add(builder.add(bits, below_half), even), places)
     missing = builder.fcmp_unordered("uno", values, values)
-    return builder.select(missing, every(0x7FC0, halves), builder.trunc(rounded, halves))
+    return builder.select(missing, every(0x7FC0, lanes, I16), builder.trunc(rounded, halves))
 
 
 def add_product(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
@@ -126,9 +130,9 @@ def add_product(builder: ir.IRBuilder, total: Any, a: Any, b: Any) -> Any:
     return builder.fadd(total, builder.fmul(a, b, flags=_CONTRACT), flags=_CONTRACT)
 
 
-def every(number: float, lanes: int) -> Any:
-    """The float32 in every lane."""
-    return ir.Constant(ir.VectorType(FLOAT, lanes), [number] * lanes)
+def every(number: float, lanes: int, kind: Any = FLOAT) -> Any:
+    """The constant in every lane."""
+    return ir.Constant(ir.VectorType(kind, lanes), [number] * lanes)
 
 
 def exp(builder: ir.IRBuilder, x: Any) -> Any:
@@ -152,8 +156,8 @@ def exp(builder: ir.IRBuilder, x: Any) -> Any:
         pairs = zip(terms[::2], terms[1::2], strict=True)
         terms = [add_product(builder, low, high, power) for low, high in pairs]
         power = builder.fmul(power, power)
-    exponents = builder.add(builder.fptosi(n, integers), ir.Constant(integers, [127] * lanes))
-    scale = builder.bitcast(builder.shl(exponents, ir.Constant(integers, [23] * lanes)), x.type)
+    exponents = builder.add(builder.fptosi(n, integers), every(127, lanes, I32))
+    scale = builder.bitcast(builder.shl(exponents, every(23, lanes, I32)), x.type)
     return builder.fmul(terms[0], scale)
 
 

@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from monge.moe.cpu_kernels import compiled
-from monge.moe.vectors import FLOAT, I32, I64, MANY_REGISTERS, NUMBERS, Rows, add_product, shuffle
+from monge.moe.vectors import FLOAT, I32, I64, MANY_REGISTERS, NUMBERS, Rows, add_product, arguments, shuffle
 
 BITS = 256  # of a vector; on an AMD EPYC that has them those of 512 are slower on short rows
 
@@ -51,9 +51,7 @@ def _write_block(typing_context, x_TX, rows, weights_mX, columns, out_nm, first)
     """``out[first + r, columns[c]] = <x[rows[r]], weights[columns[c]]>`` for one, two or four of either."""
 
     def generate(context, builder: ir.IRBuilder, signature, args) -> Any:  # type: ignore[no-untyped-def]
-        def rows_of(matrix: int, indices: list[Any]) -> Rows:
-            return Rows(context, builder, signature.args[matrix], args[matrix], indices)
-
+        rows_of = arguments(context, builder, signature, args)
         x = rows_of(0, cgutils.unpack_tuple(builder, args[1]))
         streams = cgutils.unpack_tuple(builder, args[3])
         out = rows_of(4, [builder.add(args[5], ir.Constant(I64, r)) for r in range(len(x.starts))])

@@ -22,10 +22,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from monge.moe.activation_kernels import AHEAD, activate
+from monge.moe.activation_kernels import activate
 from monge.moe.compute.region import call_on_threads, nap
 from monge.moe.compute.row_products import ROWS, add_projected, empty_sums, project
-from monge.moe.cpu_kernels import compiled, empty_lines, prefetch, write
+from monge.moe.cpu_kernels import AHEAD, compiled, empty_lines, prefetch, write
 
 NEURONS, FEATURES = 128, 64
 """Rows of the input and of the output projection in an item."""

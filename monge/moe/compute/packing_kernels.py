@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from monge.moe.cpu_kernels import compiled, empty_lines, wide
-from monge.moe.vectors import FLOAT, I16, I32, I64, LANES, MANY_REGISTERS, Rows, shuffle
+from monge.moe.vectors import FLOAT, I16, I32, I64, LANES, MANY_REGISTERS, arguments, shuffle
 
 VECTORS = 4 if MANY_REGISTERS else 2
 WIDTH = LANES * VECTORS
@@ -106,11 +106,11 @@ def _write_transpose(typing_context, words_mK, row, place, panel_KW, column):  #
     """``panel[place + k, column + r] = words[row + r, place + k]`` for `LANES` of either."""
 
     def generate(context, builder: ir.IRBuilder, signature, args) -> Any:  # type: ignore[no-untyped-def]
-        def rows_of(matrix: int, first: Any) -> Rows:
-            rows = [builder.add(first, ir.Constant(I64, r)) for r in range(LANES)]
-            return Rows(context, builder, signature.args[matrix], args[matrix], rows)
-
-        source, panel = rows_of(0, args[1]), rows_of(3, args[2])
+        rows_of = arguments(context, builder, signature, args)
+        source, panel = (
+            rows_of(index, [builder.add(first, ir.Constant(I64, r)) for r in range(LANES)])
+            for index, first in ((0, args[1]), (3, args[2]))
+        )
         number = FLOAT if panel.dtype == types.float32 else I32
         vectors = [source.wide(r, args[2], LANES, number) for r in range(LANES)]
         distance = LANES // 2
@@ -141,8 +141,8 @@ def _typed_pack(typing_context, numbers_XM, row, first, panel_KW, k):  # type: i
 def _write_pack(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
     _, row, first, _, k = args
     below = builder.add(row, ir.Constant(I64, 1))
-    source = Rows(context, builder, signature.args[0], args[0], [row, below])
-    panel = Rows(context, builder, signature.args[3], args[3], [k])
+    rows_of = arguments(context, builder, signature, args)
+    source, panel = rows_of(0, [row, below]), rows_of(3, [k])
     zero, step = ir.Constant(I64, 0), ir.Constant(I64, 2 * LANES)
     with cgutils.for_range_slice(builder, zero, panel.length, step, I64) as (column, _):
         columns = [builder.add(column, ir.Constant(I64, half * LANES)) for half in range(2)]

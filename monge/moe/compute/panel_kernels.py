@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from monge.moe.compute.packing_kernels import VECTORS, WIDTH
 from monge.moe.cpu_kernels import LINE, compiled, emit_prefetch
-from monge.moe.vectors import FLOAT, I32, I64, LANES, Rows, add_product, call, first_lanes, splat
+from monge.moe.vectors import FLOAT, I32, I64, LANES, Rows, add_product, arguments, call, first_lanes, splat
 
 ROWS = 6
 
@@ -68,9 +68,7 @@ def _write_block(count: int, context: Any, builder: ir.IRBuilder, signature: Any
         pointers = (cgutils.get_item_pointer(context, builder, kinds[index], of, [place]) for place in places)
         return [builder.load(pointer) for pointer in pointers]
 
-    def rows_of(index: int, rows: list[Any]) -> Rows:
-        return Rows(context, builder, kinds[index], args[index], rows)
-
+    rows_of = arguments(context, builder, signature, args)
     zero, last = ir.Constant(I64, 0), builder.sub(array(1).nitems, ir.Constant(I64, 1))
     after = [builder.add(number, ir.Constant(I64, count)) for number in numbers]
     after = [builder.select(builder.icmp_signed("<", place, last), place, last) for place in after]
